@@ -1,0 +1,1 @@
+"""The only folder that knows Stable Diffusion WebUI Forge."""

@@ -1,0 +1,1 @@
+"""What a packed weight is: formats, unpacking, the tensor class, GGUF files."""

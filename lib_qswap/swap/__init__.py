@@ -1,0 +1,1 @@
+"""Where packed weights are, and how they get to the device in time."""
