@@ -1,0 +1,95 @@
+"""Every GGML type: how many elements a block holds, how many bytes it takes, and who unpacks it.
+
+The numbers are those of the GGUF specification and of ggml's block structures. A type is one row of `FORMATS`;
+its bytes are read in `unpack_legacy`, `unpack_k`, `unpack_iq` and `unpack_float4`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+UnpackFunction = Callable[[Tensor, Tensor], None]
+"""`(blocks, out)`: blocks uint8 (n, block_bytes), out fp32, fp16 or bf16 (n, block_elements)."""
+
+UnpackLikeForgeFunction = Callable[[Tensor, Tensor, torch.dtype], None]
+"""`(blocks, out, computation_dtype)`: the same with Forge's order of operations in fp16 or bf16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One GGML type.
+
+    name: as the GGUF specification spells it. ggml_id: its number in a file. dtype: the torch dtype of a plain type,
+    whose bytes are the values; None where blocks have to be unpacked. unpack: None where the layout is known but
+    has no published unpacking. unpack_like_forge: only the types that Forge itself unpacks.
+    """
+
+    name: str
+    ggml_id: int
+    block_elements: int
+    block_bytes: int
+    dtype: torch.dtype | None = None
+    unpack: UnpackFunction | None = None
+    unpack_like_forge: UnpackLikeForgeFunction | None = None
+
+    def packed_bytes(self, elements: int) -> int:
+        """The bytes that `elements` take; ValueError unless they fill whole blocks."""
+        blocks, rest = divmod(elements, self.block_elements)
+        if rest or elements < 0:
+            raise ValueError(
+                f"{elements} elements do not fill whole blocks: {self.name} has {self.block_elements} to a block."
+            )
+        return blocks * self.block_bytes
+
+
+_ROWS = (
+    Format("F32", 0, 1, 4, torch.float32),
+    Format("F16", 1, 1, 2, torch.float16),
+    Format("BF16", 30, 1, 2, torch.bfloat16),
+    Format("F64", 28, 1, 8, torch.float64),
+    Format("I8", 24, 1, 1, torch.int8),
+    Format("I16", 25, 1, 2, torch.int16),
+    Format("I32", 26, 1, 4, torch.int32),
+    Format("I64", 27, 1, 8, torch.int64),
+    Format("Q4_0", 2, 32, 18),
+    Format("Q4_1", 3, 32, 20),
+    Format("Q5_0", 6, 32, 22),
+    Format("Q5_1", 7, 32, 24),
+    Format("Q8_0", 8, 32, 34),
+    # ggml's kernels keep activations in Q8_1, files never do. 40 bytes as in gguf-py, with two fp32 scales; ggml's
+    # own structure has shrunk to 36 since, with two fp16 ones.
+    Format("Q8_1", 9, 32, 40),
+    Format("Q1_0", 41, 128, 18),
+    Format("Q2_K", 10, 256, 84),
+    Format("Q3_K", 11, 256, 110),
+    Format("Q4_K", 12, 256, 144),
+    Format("Q5_K", 13, 256, 176),
+    Format("Q6_K", 14, 256, 210),
+    Format("Q8_K", 15, 256, 292),
+    Format("IQ2_XXS", 16, 256, 66),
+    Format("IQ2_XS", 17, 256, 74),
+    Format("IQ2_S", 22, 256, 82),
+    Format("IQ3_XXS", 18, 256, 98),
+    Format("IQ3_S", 21, 256, 110),
+    Format("IQ1_S", 19, 256, 50),
+    Format("IQ1_M", 29, 256, 56),
+    Format("IQ4_NL", 20, 32, 18),
+    Format("IQ4_XS", 23, 256, 136),
+    Format("TQ1_0", 34, 256, 54),
+    Format("TQ2_0", 35, 256, 66),
+    Format("MXFP4", 39, 32, 17),
+    Format("NVFP4", 40, 64, 36),
+)
+
+FORMATS: Mapping[str, Format] = MappingProxyType({row.name: row for row in _ROWS})
+_BY_GGML_ID = {row.ggml_id: row for row in _ROWS}
+
+
+def by_ggml_id(ggml_id: int) -> Format | None:
+    """The row of a `ggml_type` number read from a file; None for a number that no known type has."""
+    return _BY_GGML_ID.get(ggml_id)
