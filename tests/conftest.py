@@ -1,0 +1,93 @@
+"""Fixtures for the simulated accelerator (simgpu/README.md), compiled when the first test asks for it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = str(Path(__file__).resolve().parent)
+if TESTS not in sys.path:  # so that `import simgpu` finds tests/simgpu with any import mode of pytest
+    sys.path.insert(0, TESTS)
+
+MB = 1 << 20
+
+# Bandwidths well below what memcpy reaches: the machine's own speed does not show in what a test measures.
+SIM_SETTINGS = {
+    "total": 2048 * MB,
+    "h2d": 2e9,
+    "d2h": 2e9,
+    "pageable": 1e9,
+    "latency": 0,
+    "pin_limit": -1,
+    "pin_pow2": False,
+    "op_seconds": 0,
+    "op_factor": 1,
+    "poison": 0xC5,
+    "async_compute": False,
+    "cache_counts": False,
+    "strict": True,
+}
+
+
+def _reason_to_skip_simgpu() -> str | None:
+    if sys.platform != "linux":
+        return "the simulated accelerator needs Linux"
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        return "the simulated accelerator needs a C++ compiler: install g++"
+    return None
+
+
+@pytest.fixture(scope="session")
+def simgpu():
+    """The simgpu package, compiled where it was not yet.
+
+    Skips where it cannot be compiled, except in CI, where that is a failure.
+    """
+    reason = _reason_to_skip_simgpu()
+    if reason and not os.environ.get("CI"):
+        pytest.skip(reason)
+    import simgpu
+
+    return simgpu
+
+
+@pytest.fixture
+def sim(simgpu):
+    """The simgpu package, its device reset: 2 GB, 2 GB/s (1 GB/s pageable), synchronous compute.
+
+    The test fails if work on the device was ordered wrongly anywhere: hazards() must be all zero at its end.
+    """
+    import torch
+
+    gc.collect()
+    torch.simgpu.set_stream(torch.simgpu.default_stream())
+    simgpu.reset()
+    torch.simgpu.empty_cache()
+    with simgpu.settings(**SIM_SETTINGS):
+        yield simgpu
+        gc.collect()
+        torch.simgpu.synchronize()
+        torch.simgpu.set_stream(torch.simgpu.default_stream())
+        found = {name: count for name, count in simgpu.hazards().items() if count}
+        if simgpu.config()[
+            "async_compute"
+        ]:  # legal there, as on CUDA: the stream's own order keeps the copy first
+            found.pop("freed_in_flight_same_stream", None)
+        log = simgpu.hazard_log()[-5:]
+        simgpu.reset()
+    assert not found, f"hazards on the simulated device: {found}\n" + "\n".join(log)
+
+
+@pytest.fixture(params=["sync", "queued"])
+def compute_mode(request, sim):
+    """Runs the test twice. "sync": the caller does the default stream's work at once; "queued": it runs later
+    on a thread of its own, as on a real GPU."""
+    sim.set_async_compute(request.param == "queued")
+    yield request.param
+    sim.synchronize()
+    sim.set_async_compute(False)

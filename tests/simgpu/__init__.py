@@ -1,0 +1,81 @@
+"""A simulated accelerator for PyTorch on a machine without one.
+
+`import simgpu` compiles it (once, see build.py) and makes torch.device("simgpu") and torch.simgpu, which
+offers what torch.cuda offers to code that moves weights around. This package itself has the controls of the
+simulation: bandwidths, limits, failures, counters and hazards. README.md says how to use it, simgpu.cpp how
+it works.
+"""
+
+from .controls import (
+    busy,
+    config,
+    fail_next_copy,
+    fail_next_device,
+    fail_next_pinned,
+    hazard_log,
+    hazards,
+    host_register,
+    host_unregister,
+    not_deferred,
+    reset,
+    reset_hazards,
+    reset_stats,
+    set_async_compute,
+    set_bandwidth,
+    set_compute,
+    set_pin_limit,
+    set_poison,
+    set_total,
+    settings,
+    stats,
+)
+from .runtime import (
+    Event,
+    Stream,
+    current_stream,
+    default_stream,
+    empty_cache,
+    max_memory_allocated,
+    mem_get_info,
+    memory_allocated,
+    reset_peak_memory_stats,
+    set_stream,
+    stream,
+    synchronize,
+)
+
+__all__ = [
+    "Event",
+    "Stream",
+    "busy",
+    "config",
+    "current_stream",
+    "default_stream",
+    "empty_cache",
+    "fail_next_copy",
+    "fail_next_device",
+    "fail_next_pinned",
+    "hazard_log",
+    "hazards",
+    "host_register",
+    "host_unregister",
+    "max_memory_allocated",
+    "mem_get_info",
+    "memory_allocated",
+    "not_deferred",
+    "reset",
+    "reset_hazards",
+    "reset_peak_memory_stats",
+    "reset_stats",
+    "set_async_compute",
+    "set_bandwidth",
+    "set_compute",
+    "set_pin_limit",
+    "set_poison",
+    "set_stream",
+    "set_total",
+    "settings",
+    "stats",
+    "stream",
+    "synchronize",
+]
