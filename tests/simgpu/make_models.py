@@ -1,0 +1,343 @@
+"""Makes small models with random weights that Forge loads, in its models folder:
+
+    FORGE=WEBUI_FOLDER python make_models.py [WHAT ...]
+
+WHAT: sd15, sd15mini, fluxaux (VAE, CLIP and T5 for Flux), t5q8 (fluxaux's T5 as GGUF), lora, or
+flux:NAME:TYPE:HIDDEN:DOUBLE:SINGLE (a Flux transformer as GGUF); a standard set by default.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+MIB = 1 << 20
+SD15 = "runwayml/stable-diffusion-v1-5"
+FLUX = "black-forest-labs/FLUX.1-dev"
+STANDARD = (
+    "sd15",
+    "sd15mini",
+    "fluxaux",
+    "t5q8",
+    "lora",
+    *(
+        f"flux:flux_rand_{name.lower()}:{name}:3072:1:2"
+        for name in ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS")
+    ),
+    *(f"flux:flux_tiny_{name.lower()}:{name}:256:2:4" for name in ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS")),
+)
+
+# Elements per block, then the block's fields in file order (the GGUF specification's structs): an int is
+# that many random bytes; a float is an fp16 scale, in units that give the unpacked weights a standard
+# deviation of one.
+BLOCKS: dict[str, tuple[int, tuple[int | float, ...]]] = {
+    "Q4_0": (32, (1 / 4.6, 16)),
+    "Q4_1": (32, (1 / 4.6, -7.5 / 4.6, 16)),
+    "Q5_0": (32, (1 / 9.2, 4, 16)),
+    "Q5_1": (32, (1 / 9.2, -15.5 / 9.2, 4, 16)),
+    "Q8_0": (32, (1 / 74, 32)),
+    "Q2_K": (256, (16, 64, 1 / 14.4, 1.5 / 14.4)),
+    "Q3_K": (256, (32, 64, 12, 1 / 43)),
+    "Q4_K": (256, (1 / 264, 7.5 / 264, 12, 128)),
+    "Q5_K": (256, (1 / 540, 15.5 / 540, 12, 32, 128)),
+    "Q6_K": (256, (128, 64, 16, 1 / 1370)),
+    "IQ4_XS": (256, (1 / 1246, 2, 4, 128)),  # d, scales_h, scales_l, qs
+}
+
+# City96's names for T5's tensors; applied in this order.
+T5_NAMES = (
+    ("shared", "token_embd"),
+    ("encoder.", "enc."),
+    (".block.", ".blk."),
+    ("final_layer_norm", "output_norm"),
+    ("layer.0.SelfAttention.relative_attention_bias", "attn_rel_b"),
+    ("layer.0.SelfAttention.", "attn_"),
+    ("layer.0.layer_norm", "attn_norm"),
+    ("layer.1.DenseReluDense.wi_1", "ffn_up"),
+    ("layer.1.DenseReluDense.wi_0", "ffn_gate"),
+    ("layer.1.DenseReluDense.wo", "ffn_down"),
+    ("layer.1.layer_norm", "ffn_norm"),
+)
+
+
+def enter_webui(folder: Path) -> None:
+    """Makes Forge's modules importable, on the CPU."""
+    sys.argv = [sys.argv[0], "--always-cpu"]
+    os.chdir(folder)
+    sys.path[0:1] = [
+        str(folder / part) for part in ("", "packages_3rdparty", "repositories/huggingface_guess")
+    ]
+
+
+def report(path: Path) -> None:
+    print(f"{path}: {path.stat().st_size / MIB:.1f} MiB")
+
+
+def random_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Values that keep activations finite through a whole model: fan-in scaled weights, unit norms, zero
+    biases."""
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "bias":
+        return torch.zeros(shape)
+    if leaf == "scale" or (len(shape) == 1 and leaf == "weight"):
+        return torch.ones(shape)
+    if not shape:
+        return torch.tensor(4.6)  # CLIP's logit scale
+    if "position_embedding" in name or "token_embedding" in name:
+        return torch.randn(shape) * 0.02
+    if "shared" in name:  # T5's embedding
+        return torch.randn(shape)
+    return torch.randn(shape) * (0.7 / math.sqrt(math.prod(shape[1:]) or 1))
+
+
+def random_state(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    return {name: random_tensor(name, shape).half().contiguous() for name, shape in shapes.items()}
+
+
+def random_blocks(rng: np.random.Generator, elements: int, ggml_type: str, std: float) -> np.ndarray:
+    """Packed weights of random content, (blocks, bytes per block) uint8: no quantizer is needed."""
+    per_block, fields = BLOCKS[ggml_type]
+    blocks = elements // per_block
+    parts = []
+    for field in fields:
+        if isinstance(field, int):
+            parts.append(rng.integers(0, 256, (blocks, field), dtype=np.uint8))
+        else:
+            scale = field * std * rng.uniform(0.8, 1.2, (blocks, 1))
+            parts.append(scale.astype(np.float16).view(np.uint8))
+    return np.concatenate(parts, axis=1)
+
+
+def q8_0_blocks(weight: torch.Tensor) -> np.ndarray:
+    """A 2-D weight as Q8_0 rows, uint8: blocks of an fp16 scale and 32 int8."""
+    blocks = weight.float().numpy().reshape(-1, 32)
+    scale = np.abs(blocks).max(1, keepdims=True) / 127
+    quants = np.round(blocks / np.where(scale > 0, scale, 1)).astype(np.int8)
+    packed = np.concatenate([scale.astype(np.float16).view(np.uint8), quants.view(np.uint8)], axis=1)
+    return packed.reshape(weight.shape[0], -1)
+
+
+def shapes_of(model: torch.nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    return {prefix + name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+class ModelMaker:
+    """Makes models in one Forge folder; every model from the same seed, so that they can be made one by
+    one."""
+
+    def __init__(self, webui: Path) -> None:
+        self.configs = webui / "backend" / "huggingface"
+        self.models = webui / "models"
+
+    def make(self, what: str) -> None:
+        """One of the names in this file's description."""
+        torch.manual_seed(0)
+        kind, *details = what.split(":")
+        if kind == "flux" and len(details) == 5:
+            name, ggml_type, *sizes = details
+            self.flux(name, ggml_type, *map(int, sizes))
+        elif kind in ("sd15", "sd15mini", "fluxaux", "t5q8", "lora") and not details:
+            getattr(self, kind)()
+        else:
+            sys.exit(f"make_models.py: {what} is none of the things it makes:{__doc__.partition('WHAT:')[2]}")
+
+    def save(self, state: dict[str, torch.Tensor], name: str) -> None:
+        path = self.models / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file(state, path)
+        report(path)
+
+    def save_gguf(self, arch: str, name: str, tensors) -> None:
+        """tensors: (name, array, GGML type or None for the array's own dtype)."""
+        import gguf
+
+        path = self.models / f"{name}.gguf"
+        writer = gguf.GGUFWriter(str(path), arch)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for tensor_name, array, ggml_type in tensors:
+            raw = None if ggml_type is None else gguf.GGMLQuantizationType[ggml_type]
+            writer.add_tensor(tensor_name, array, raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        report(path)
+
+    def vae_shapes(self, repository: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
+        from backend.nn.vae import IntegratedAutoencoderKL as Vae
+
+        with torch.device("meta"):
+            vae = Vae.from_config(Vae.load_config(str(self.configs / repository / "vae")))
+        return shapes_of(vae, prefix)
+
+    def clip_shapes(self, repository: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        config = CLIPTextConfig.from_pretrained(str(self.configs / repository / "text_encoder"))
+        with torch.device("meta"):
+            clip = CLIPTextModel(config)
+        return shapes_of(clip, prefix)
+
+    def sd15(self) -> None:
+        """Stable Diffusion 1.5, whole: 2 GB."""
+        self._sd15(
+            "sd15_rand",
+            num_res_blocks=[2, 2, 2, 2],
+            transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+            transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+            channel_mult=[1, 2, 4, 4],
+        )
+
+    def sd15mini(self) -> None:
+        """Two levels of it: 0.5 GB."""
+        self._sd15(
+            "sd15_mini_rand",
+            num_res_blocks=[1, 1],
+            transformer_depth=[1, 1],
+            transformer_depth_output=[1, 1, 1, 1],
+            channel_mult=[1, 1],
+        )
+
+    def _sd15(self, name: str, **levels) -> None:
+        from backend.nn.unet import IntegratedUNet2DConditionModel as UNet
+
+        config = {
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 320,
+            "transformer_depth_middle": 1,
+            "use_linear_in_transformer": False,
+            "context_dim": 768,
+            "num_heads": 8,
+            "use_spatial_transformer": True,
+            **levels,
+        }
+        with torch.device("meta"):
+            unet = UNet.from_config(config)
+        shapes = shapes_of(unet, "model.diffusion_model.")
+        shapes |= self.vae_shapes(SD15, "first_stage_model.")
+        shapes |= self.clip_shapes(SD15, "cond_stage_model.transformer.")
+        self.save(random_state(shapes), f"Stable-diffusion/{name}")
+
+    def fluxaux(self) -> None:
+        """Flux's VAE and text encoders; T5 has as many layers as its config.json says."""
+        from backend.nn.t5 import IntegratedT5
+
+        self.save(random_state(self.vae_shapes(FLUX)), "VAE/flux_ae_rand")
+        self.save(random_state(self.clip_shapes(FLUX)), "text_encoder/clip_l_rand")
+        config = json.loads((self.configs / FLUX / "text_encoder_2" / "config.json").read_text())
+        with torch.device("meta"):
+            t5 = IntegratedT5(config)
+        prefix = "transformer."
+        shapes = {name[len(prefix) :]: s for name, s in shapes_of(t5).items() if name.startswith(prefix)}
+        self.save(random_state(shapes), "text_encoder/t5xxl_rand")
+
+    def t5q8(self) -> None:
+        """fluxaux's T5 as a Q8_0 GGUF; norms and the relative attention bias stay F32, as in published
+        files."""
+
+        def tensors():
+            for name, weight in load_file(self.models / "text_encoder/t5xxl_rand.safetensors").items():
+                if name == "encoder.embed_tokens.weight":  # the same as `shared`
+                    continue
+                for old, new in T5_NAMES:
+                    name = name.replace(old, new)
+                if weight.ndim == 2 and "attn_rel_b" not in name:
+                    yield name, q8_0_blocks(weight), "Q8_0"
+                else:
+                    yield name, weight.float().numpy(), None
+
+        self.save_gguf("t5encoder", "text_encoder/t5xxl_rand_q8_0", tensors())
+
+    def flux(self, name: str, ggml_type: str, hidden: int, double: int, single: int) -> None:
+        """A Flux transformer of that width and those many blocks; what is outside the blocks is F16 and
+        F32."""
+        import gguf
+        from backend.nn.flux import IntegratedFluxTransformer2DModel
+
+        with torch.device("meta"):
+            model = IntegratedFluxTransformer2DModel(
+                in_channels=16,
+                vec_in_dim=768,
+                context_in_dim=4096,
+                hidden_size=hidden,
+                mlp_ratio=4.0,
+                num_heads=hidden // 128,
+                depth=double,
+                depth_single_blocks=single,
+                axes_dim=[16, 56, 56],
+                theta=10000,
+                qkv_bias=True,
+                guidance_embed=True,
+            )
+        rng = np.random.default_rng(0)
+        per_block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[ggml_type]]
+
+        def tensors():
+            for tensor_name, shape in shapes_of(model).items():
+                if len(shape) == 2 and tensor_name.startswith(("double_blocks", "single_blocks")):
+                    rows, columns = shape
+                    blocks = random_blocks(rng, rows * columns, ggml_type, 0.5 / math.sqrt(columns))
+                    # the writer turns the shape of 2-D uint8 rows into the shape in elements
+                    yield tensor_name, blocks.reshape(rows, columns // per_block * block_bytes), ggml_type
+                else:
+                    values = random_tensor(tensor_name, shape).numpy()
+                    yield tensor_name, values.astype(np.float16) if len(shape) == 2 else values, None
+
+        self.save_gguf("flux", f"Stable-diffusion/{name}", tensors())
+
+    def lora(self) -> None:
+        """LoRAs in kohya's naming for flux_rand_*, flux_tiny_* and sd15_rand."""
+        for name, hidden in (("flux_lora_rand", 3072), ("flux_tiny_lora_rand", 256)):
+            self._lora(
+                name,
+                {
+                    "unet_double_blocks_0_img_attn_qkv": (3 * hidden, hidden),
+                    "unet_double_blocks_0_img_mlp_0": (4 * hidden, hidden),
+                    "unet_double_blocks_0_txt_attn_proj": (hidden, hidden),
+                    "unet_double_blocks_0_img_mod_lin": (6 * hidden, hidden),
+                    "unet_single_blocks_0_linear1": (7 * hidden, hidden),
+                    "unet_single_blocks_1_linear2": (hidden, 5 * hidden),
+                },
+            )
+        sd15 = {
+            "unet_up_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0": (1280, 1280),
+            "te_text_model_encoder_layers_0_self_attn_q_proj": (768, 768),
+            "te_text_model_encoder_layers_5_mlp_fc1": (3072, 768),
+        }
+        for level, width in enumerate((320, 640)):
+            block = f"unet_down_blocks_{level}_attentions_0_transformer_blocks_0_"
+            sd15[block + "attn1_to_q"] = (width, width)
+            sd15[block + "attn2_to_k"] = (width, 768)
+            sd15[block + "ff_net_0_proj"] = (8 * width, width)
+        self._lora("sd15_lora_rand", sd15)
+
+    def _lora(self, name: str, layers: dict[str, tuple[int, int]], rank: int = 8) -> None:
+        state = {}
+        for layer, (rows, columns) in layers.items():
+            state[f"lora_{layer}.lora_down.weight"] = (torch.randn(rank, columns) / math.sqrt(columns)).half()
+            state[f"lora_{layer}.lora_up.weight"] = (torch.randn(rows, rank) * 0.15).half()
+            state[f"lora_{layer}.alpha"] = torch.tensor(float(rank)).half()
+        self.save(state, f"Lora/{name}")
+
+
+def main() -> None:
+    if "FORGE" not in os.environ:
+        sys.exit("make_models.py: set FORGE to the folder of the web UI (the one with launch.py)")
+    wanted = sys.argv[1:] or STANDARD
+    webui = Path(os.environ["FORGE"]).resolve()
+    enter_webui(webui)
+    maker = ModelMaker(webui)
+    for what in wanted:
+        maker.make(what)
+
+
+if __name__ == "__main__":
+    main()
