@@ -1,7 +1,7 @@
 """Every GGML type: how many elements a block holds, how many bytes it takes, and who unpacks it.
 
-The numbers are those of the GGUF specification and of ggml's block structures. A type is one row of `FORMATS`;
-its bytes are read in `unpack_legacy`, `unpack_k`, `unpack_iq` and `unpack_float4`.
+The numbers are those of the GGUF specification and of ggml's block structures. To add a type, write a function that
+unpacks it, beside those of its kind (`unpack_legacy` says what it may rely on), and add a row to `_ROWS`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from . import unpack_codebook, unpack_grid, unpack_k, unpack_legacy, unpack_plain, unpack_ternary
+
 UnpackFunction = Callable[[Tensor, Tensor], None]
 """`(blocks, out)`: blocks uint8 (n, block_bytes), out fp32, fp16 or bf16 (n, block_elements)."""
 
 UnpackLikeForgeFunction = Callable[[Tensor, Tensor, torch.dtype], None]
-"""`(blocks, out, computation_dtype)`: the same with Forge's order of operations in fp16 or bf16."""
+"""`(blocks, out, computation_dtype)`: the same, with scales and products rounded to fp16 or bf16 as Forge does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
     """One GGML type.
 
-    name: as the GGUF specification spells it. ggml_id: its number in a file. dtype: the torch dtype of a plain type,
-    whose bytes are the values; None where blocks have to be unpacked. unpack: None where the layout is known but
-    has no published unpacking. unpack_like_forge: only the types that Forge itself unpacks.
+    name: as the GGUF specification spells it. ggml_id: its number in a file. dtype: the torch dtype of a plain
+    type, whose bytes are the values; None where blocks have to be unpacked. unpack: None where the layout is known
+    but nothing unpacks it. unpack_like_forge: for the types of which Forge rounds intermediate values.
     """
 
     name: str
@@ -42,48 +44,48 @@ class Format:
         blocks, rest = divmod(elements, self.block_elements)
         if rest or elements < 0:
             raise ValueError(
-                f"{elements} elements do not fill whole blocks: {self.name} has {self.block_elements} to a block."
+                f"{elements} elements are no whole number of {self.name} blocks of {self.block_elements}."
             )
         return blocks * self.block_bytes
 
 
 _ROWS = (
-    Format("F32", 0, 1, 4, torch.float32),
-    Format("F16", 1, 1, 2, torch.float16),
-    Format("BF16", 30, 1, 2, torch.bfloat16),
+    Format("F32", 0, 1, 4, torch.float32, unpack_plain.unpack_f32),
+    Format("F16", 1, 1, 2, torch.float16, unpack_plain.unpack_f16),
+    Format("BF16", 30, 1, 2, torch.bfloat16, unpack_plain.unpack_bf16),
     Format("F64", 28, 1, 8, torch.float64),
     Format("I8", 24, 1, 1, torch.int8),
     Format("I16", 25, 1, 2, torch.int16),
     Format("I32", 26, 1, 4, torch.int32),
     Format("I64", 27, 1, 8, torch.int64),
-    Format("Q4_0", 2, 32, 18),
-    Format("Q4_1", 3, 32, 20),
-    Format("Q5_0", 6, 32, 22),
-    Format("Q5_1", 7, 32, 24),
-    Format("Q8_0", 8, 32, 34),
-    # ggml's kernels keep activations in Q8_1, files never do. 40 bytes as in gguf-py, with two fp32 scales; ggml's
-    # own structure has shrunk to 36 since, with two fp16 ones.
+    Format("Q4_0", 2, 32, 18, unpack=unpack_legacy.unpack_q4_0, unpack_like_forge=unpack_legacy.unpack_q4_0),
+    Format("Q4_1", 3, 32, 20, unpack=unpack_legacy.unpack_q4_1, unpack_like_forge=unpack_legacy.unpack_q4_1),
+    Format("Q5_0", 6, 32, 22, unpack=unpack_legacy.unpack_q5_0, unpack_like_forge=unpack_legacy.unpack_q5_0),
+    Format("Q5_1", 7, 32, 24, unpack=unpack_legacy.unpack_q5_1, unpack_like_forge=unpack_legacy.unpack_q5_1),
+    Format("Q8_0", 8, 32, 34, unpack=unpack_legacy.unpack_q8_0, unpack_like_forge=unpack_legacy.unpack_q8_0),
+    # ggml's kernels keep activations in Q8_1, no file holds it. 40 bytes as gguf-py counts them, with two fp32
+    # scales; ggml's own structure has shrunk to 36 since, with two fp16 ones.
     Format("Q8_1", 9, 32, 40),
-    Format("Q1_0", 41, 128, 18),
-    Format("Q2_K", 10, 256, 84),
-    Format("Q3_K", 11, 256, 110),
-    Format("Q4_K", 12, 256, 144),
-    Format("Q5_K", 13, 256, 176),
-    Format("Q6_K", 14, 256, 210),
-    Format("Q8_K", 15, 256, 292),
-    Format("IQ2_XXS", 16, 256, 66),
-    Format("IQ2_XS", 17, 256, 74),
-    Format("IQ2_S", 22, 256, 82),
-    Format("IQ3_XXS", 18, 256, 98),
-    Format("IQ3_S", 21, 256, 110),
-    Format("IQ1_S", 19, 256, 50),
-    Format("IQ1_M", 29, 256, 56),
-    Format("IQ4_NL", 20, 32, 18),
-    Format("IQ4_XS", 23, 256, 136),
-    Format("TQ1_0", 34, 256, 54),
-    Format("TQ2_0", 35, 256, 66),
-    Format("MXFP4", 39, 32, 17),
-    Format("NVFP4", 40, 64, 36),
+    Format("Q1_0", 41, 128, 18, unpack=unpack_legacy.unpack_q1_0),
+    Format("Q2_K", 10, 256, 84, unpack=unpack_k.unpack_q2_k, unpack_like_forge=unpack_k.unpack_q2_k),
+    Format("Q3_K", 11, 256, 110, unpack=unpack_k.unpack_q3_k, unpack_like_forge=unpack_k.unpack_q3_k),
+    Format("Q4_K", 12, 256, 144, unpack=unpack_k.unpack_q4_k, unpack_like_forge=unpack_k.unpack_q4_k),
+    Format("Q5_K", 13, 256, 176, unpack=unpack_k.unpack_q5_k, unpack_like_forge=unpack_k.unpack_q5_k),
+    Format("Q6_K", 14, 256, 210, unpack=unpack_k.unpack_q6_k, unpack_like_forge=unpack_k.unpack_q6_k),
+    Format("Q8_K", 15, 256, 292, unpack=unpack_k.unpack_q8_k),
+    Format("IQ2_XXS", 16, 256, 66, unpack=unpack_grid.unpack_iq2_xxs),
+    Format("IQ2_XS", 17, 256, 74, unpack=unpack_grid.unpack_iq2_xs),
+    Format("IQ2_S", 22, 256, 82, unpack=unpack_grid.unpack_iq2_s),
+    Format("IQ3_XXS", 18, 256, 98, unpack=unpack_grid.unpack_iq3_xxs),
+    Format("IQ3_S", 21, 256, 110, unpack=unpack_grid.unpack_iq3_s),
+    Format("IQ1_S", 19, 256, 50, unpack=unpack_grid.unpack_iq1_s),
+    Format("IQ1_M", 29, 256, 56, unpack=unpack_grid.unpack_iq1_m),
+    Format("IQ4_NL", 20, 32, 18, unpack=unpack_codebook.unpack_iq4_nl),
+    Format("IQ4_XS", 23, 256, 136, unpack=unpack_codebook.unpack_iq4_xs),
+    Format("TQ1_0", 34, 256, 54, unpack=unpack_ternary.unpack_tq1_0),
+    Format("TQ2_0", 35, 256, 66, unpack=unpack_ternary.unpack_tq2_0),
+    Format("MXFP4", 39, 32, 17, unpack=unpack_codebook.unpack_mxfp4),
+    Format("NVFP4", 40, 64, 36, unpack=unpack_codebook.unpack_nvfp4),
 )
 
 FORMATS: Mapping[str, Format] = MappingProxyType({row.name: row for row in _ROWS})

@@ -1,0 +1,123 @@
+"""Packed blocks to numbers: the one entry point, on any device, in chunks.
+
+A chunk's temporaries fit into a CPU's cache, or, on an accelerator, into 64 MB. Nothing here waits for a device, and
+all memory comes from torch's allocator, on the current stream.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .formats import Format, UnpackFunction, UnpackLikeForgeFunction
+from .words import BLOCK_GRANULE
+
+Arithmetic = Literal["exact", "like Forge"]
+
+# Per thread: measured, larger chunks leave the second-level cache, smaller ones are mostly calls.
+_CPU_CHUNK_ELEMENTS = 1 << 18
+# No type takes more than 8 bytes of temporaries for an element: at most 64 MB.
+_DEVICE_CHUNK_ELEMENTS = 1 << 23
+
+
+def unpack(
+    format: Format,
+    packed: Tensor,
+    out: Tensor,
+    *,
+    arithmetic: Arithmetic = "exact",
+    computation_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Write the values of `packed` into `out` and return it.
+
+    packed: uint8, contiguous, whole blocks, any shape. out: fp32, fp16 or bf16, contiguous, any shape, as many
+    elements as the blocks hold, on the same device.
+    arithmetic: "exact" computes in fp32 and rounds once to out's dtype. "like Forge" computes in `computation_dtype`
+    (fp16 by default, as in Forge, or bf16) in Forge's order of operations, and casts to out's dtype. In fp32, and
+    for types that Forge does not unpack, the two are the same.
+
+    Raises ValueError for tensors that do not fit each other, NotImplementedError for a type that cannot be unpacked.
+    """
+    _check(format, packed, out)
+    function, rounding = _choose(format, arithmetic, computation_dtype)
+    # Most operations here are short, and cheaper in inference mode; `out` may come from either mode.
+    with torch.inference_mode():
+        blocks = packed.view(-1, format.block_bytes)
+        values = out.view(-1, format.block_elements)
+        _in_chunks(function, blocks, values, rounding, direct=format.dtype is not None)
+    return out
+
+
+def _check(format: Format, packed: Tensor, out: Tensor) -> None:
+    if packed.dtype != torch.uint8 or not packed.is_contiguous():
+        raise ValueError(f"packed {format.name} blocks are contiguous uint8, not {packed.dtype}.")
+    if out.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not out.is_contiguous():
+        raise ValueError(f"{format.name} is unpacked into contiguous fp32, fp16 or bf16, not {out.dtype}.")
+    if packed.numel() != format.packed_bytes(out.numel()):
+        raise ValueError(
+            f"{out.numel()} elements of {format.name} take {format.packed_bytes(out.numel())} bytes, not {packed.numel()}."
+        )
+    if packed.device != out.device:
+        raise ValueError(f"packed {format.name} blocks are on {packed.device}, their values on {out.device}.")
+
+
+def _choose(
+    format: Format, arithmetic: Arithmetic, computation_dtype: torch.dtype | None
+) -> tuple[UnpackFunction, torch.dtype | None]:
+    """The function to call, and the dtype that its values are to be rounded to before they are cast to out's."""
+    if format.unpack is None:
+        raise NotImplementedError(f"{format.name} has a known layout but no published way to unpack it.")
+    if arithmetic == "exact":
+        return format.unpack, None
+    if arithmetic != "like Forge":
+        raise ValueError(f'the arithmetic is "exact" or "like Forge", not {arithmetic!r}.')
+    dtype = torch.float16 if computation_dtype is None else computation_dtype
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"the computation dtype is fp16, bf16 or fp32, not {dtype}.")
+    if format.unpack_like_forge is None or dtype == torch.float32:
+        return format.unpack, None
+    return _in_dtype(format.unpack_like_forge, dtype), dtype
+
+
+def _in_dtype(function: UnpackLikeForgeFunction, dtype: torch.dtype) -> UnpackFunction:
+    return lambda blocks, out: function(blocks, out, dtype)
+
+
+def _in_chunks(
+    function: UnpackFunction, blocks: Tensor, values: Tensor, rounding: torch.dtype | None, direct: bool
+) -> None:
+    """Call `function` for every chunk; it writes into `values` itself where it can or should, else into a buffer."""
+    on_cpu = values.device.type == "cpu"
+    count, elements = values.shape
+    chunk = (_CPU_CHUNK_ELEMENTS * torch.get_num_threads() if on_cpu else _DEVICE_CHUNK_ELEMENTS) // elements
+    # On the CPU planes are written in fp32, and rounded in one contiguous pass: short strided ones are slow.
+    written = torch.float32 if on_cpu else rounding or values.dtype
+    buffer = None
+    if not direct and written != values.dtype:
+        buffer = torch.empty((min(chunk, count), elements), dtype=written, device=values.device)
+
+    def unpack_chunk(packed: Tensor, out: Tensor) -> None:
+        if buffer is None:
+            function(packed, out)
+            return
+        exact = buffer[: out.shape[0]]
+        function(packed, exact)
+        out.copy_(exact if rounding in (None, written, out.dtype) else exact.to(rounding))
+
+    whole = count - count % BLOCK_GRANULE
+    for start in range(0, whole, chunk):
+        stop = min(start + chunk, whole)
+        unpack_chunk(_aligned(blocks[start:stop]), values[start:stop])
+    if whole < count:
+        padded = blocks.new_zeros((BLOCK_GRANULE, blocks.shape[1]))
+        padded[: count - whole] = blocks[whole:]
+        rest = values.new_empty((BLOCK_GRANULE, elements))
+        unpack_chunk(padded, rest)
+        values[whole:] = rest[: count - whole]
+
+
+def _aligned(blocks: Tensor) -> Tensor:
+    """The blocks, copied unless they can be read as 8-byte words where they are."""
+    return blocks if (blocks.storage_offset() | blocks.data_ptr()) % 8 == 0 else blocks.clone()

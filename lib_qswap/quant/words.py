@@ -1,0 +1,53 @@
+"""Bytes handled eight at a time, as the int64 words they lie in, and the step from bytes to scaled numbers.
+
+torch shifts and masks int64 as fast as uint8, so one operation on words does the work of eight on bytes. Bits that
+a shift carries over from the neighbouring byte are masked away afterwards.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BLOCK_GRANULE = 8
+"""Unpack functions get a multiple of so many blocks, so that blocks of any size fill whole words."""
+
+
+def every_byte(byte: int) -> int:
+    """The word, as a signed number, whose eight bytes are all `byte`."""
+    return int.from_bytes(bytes([byte]) * 8, "little", signed=True)
+
+
+def as_words(data: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor, flat, as int64 words (a view; the bytes fill whole words)."""
+    return data.view(-1).view(torch.int64)
+
+
+def as_numbers(words: Tensor, *shape: int, signed: bool = False) -> Tensor:
+    """The bytes of words, in `shape`, ready to be multiplied by fp32 scales.
+
+    fp32 on the CPU, where a contiguous conversion is quick and one within an operation slow. Elsewhere the bytes
+    themselves: an accelerator converts as it reads.
+    """
+    data = words.view(torch.int8 if signed else torch.uint8).view(shape)
+    return data.float() if data.device.type == "cpu" else data
+
+
+def product(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`numbers` of `as_numbers` times an fp32 scale, rounded to `dtype`. May overwrite `numbers`."""
+    if numbers.is_floating_point():
+        return numbers.mul_(scale).to(dtype)
+    return torch.mul(numbers, scale, out=torch.empty_like(numbers, dtype=dtype))
+
+
+def half_scale(blocks: Tensor, offset: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The fp16 number at an even byte offset of every block, rounded to `dtype`, as a new fp32 (n, 1)."""
+    return blocks.view(torch.float16)[:, offset // 2 : offset // 2 + 1].to(dtype).float()
+
+
+@lru_cache(maxsize=64)
+def constant(device: torch.device, dtype: torch.dtype, *values: int) -> Tensor:
+    """A small constant, copied to its device once: copying it again would make the host wait."""
+    return torch.tensor(values, dtype=dtype, device=device)
