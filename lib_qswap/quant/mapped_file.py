@@ -1,0 +1,153 @@
+"""A file as the home of weights: mapped for the tensors that alias it, and read for bulk bytes.
+
+A read through a map beyond the end of a file that has shrunk is a signal (SIGBUS) that ends the process. Bulk
+bytes therefore come by `FileSlice.read_into`, where the same accident is an exception; whoever reads through
+the map calls `MappedFile.check_unchanged` before.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import threading
+import warnings
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Linux reads at most 0x7ffff000 bytes at a time, and an interrupt waits for one read.
+_READ_BYTES = 1 << 30
+
+
+class GGUFError(ValueError):
+    """A GGUF file that cannot be used: names the file, the tensor or field, and what to do."""
+
+
+class MappedFile:
+    """A regular file, opened and mapped read-only.
+
+    Attributes:
+        path: as given.
+        size: bytes. mtime_ns, inode: with the size, the identity that `check_unchanged` compares.
+
+    Raises GGUFError when the path is no regular file, is empty or cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        try:
+            if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a pipe would wait for its writer
+                raise GGUFError(f"{self.path}: not a regular file")
+            self._fd = os.open(
+                self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+            )
+            weakref.finalize(self, os.close, self._fd)
+            status = os.fstat(self._fd)
+            self.size, self.mtime_ns, self.inode = status.st_size, status.st_mtime_ns, status.st_ino
+            if self.size == 0:
+                raise GGUFError(f"{self.path}: the file is empty")
+            self._map = mmap.mmap(self._fd, self.size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            if isinstance(error, GGUFError):
+                raise
+            reason = getattr(error, "strerror", None) or error
+            raise GGUFError(f"{self.path}: cannot be opened: {reason}") from error
+        self._handles = threading.local()
+
+    def check_unchanged(self) -> None:
+        """GGUFError when the file at `path` is no longer the one that was opened."""
+        try:
+            status = os.stat(self.path)
+        except OSError as error:
+            raise GGUFError(
+                f"{self.path}: the model file is gone ({error.strerror}): load the model again"
+            ) from error
+        for what, now, then in (
+            ("size", status.st_size, self.size),
+            ("modification time", status.st_mtime_ns, self.mtime_ns),
+            ("identity (inode)", status.st_ino, self.inode),
+        ):
+            if now != then:
+                raise GGUFError(
+                    f"{self.path}: the model file changed since it was opened"
+                    f" ({what}: {then}, now {now}): load the model again"
+                )
+
+    def tensor(self, offset: int, nbytes: int) -> Tensor:
+        """uint8 tensor that aliases the map; writing into it is a signal that ends the process."""
+        with warnings.catch_warnings():
+            # "The given buffer is not writable": nobody writes, PackedTensor sees to it.
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
+
+    def read_at(self, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` from `offset` on; how many bytes: fewer only where the file ends. Raises OSError."""
+        done = 0
+        while done < len(buffer):
+            part = buffer[done : done + _READ_BYTES]
+            count = self._read_once(offset + done, part)
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def _read_once(self, offset: int, buffer: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._fd, [buffer], offset)
+        # Windows: no positioned read, so that each thread needs a file position of its own.
+        handle = getattr(self._handles, "file", None)
+        if handle is None:
+            handle = self._handles.file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+            status = os.fstat(handle.fileno())
+            if (status.st_size, status.st_ino) != (self.size, self.inode):
+                self.check_unchanged()
+        handle.seek(offset)
+        return handle.readinto(buffer)
+
+
+class FileSlice(NamedTuple):
+    """`nbytes` bytes of a file from `offset` on."""
+
+    file: MappedFile
+    offset: int
+    nbytes: int
+
+    def part(self, start: int, nbytes: int) -> FileSlice:
+        """The slice of `nbytes` bytes that begins `start` bytes into this one."""
+        return FileSlice(self.file, self.offset + start, nbytes)
+
+    def read_into(self, destination: Tensor, start: int = 0) -> None:
+        """Read from the file into `destination`, straight into its memory; other threads run meanwhile.
+
+        Args:
+            destination: uint8, contiguous, in host memory; as many bytes are read as it holds.
+            start: bytes into this slice where reading begins.
+
+        Raises ValueError for a destination that does not fit, OSError when reading fails, GGUFError when the
+        file has become too short.
+        """
+        nbytes = destination.numel()
+        if (
+            destination.dtype != torch.uint8
+            or destination.device.type != "cpu"
+            or not destination.is_contiguous()
+        ):
+            raise ValueError(
+                "read_into needs a contiguous uint8 tensor in host memory,"
+                f" not {destination.dtype} on {destination.device}"
+            )
+        if start < 0 or start + nbytes > self.nbytes:
+            raise ValueError(
+                f"bytes {start} to {start + nbytes} are not within this slice of {self.nbytes} bytes"
+            )
+        memory: Any = destination.view(-1).numpy()
+        done = self.file.read_at(self.offset + start, memoryview(memory))
+        if done < nbytes:
+            end = self.offset + start + done
+            raise GGUFError(
+                f"{self.file.path}: the file ends at byte {end}, {nbytes - done} bytes too early:"
+                " it has shrunk since it was opened; load the model again"
+            )
