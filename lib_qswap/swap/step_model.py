@@ -1,0 +1,151 @@
+"""How long a denoising step takes when some layers' weights are fetched for each use: an exact model of the
+streamer.
+
+Swapped layers pass through a ring of bytes, first in, first out, each in one contiguous slot. Copies share
+one link and are issued in execution order, each as soon as its slot's bytes are free; a slot is free when
+its layer's compute has ended. Layers compute one after the other, a swapped one not before its copy has
+arrived. The end of a step fetches the start of the next. Host time and the contention of copies with compute
+are not modelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+# Steps until a model that is started cold repeats itself, and the steps that are then averaged: where the
+# ring wraps differs from step to step.
+WARM_UP_STEPS = 2
+AVERAGED_STEPS = 6
+
+
+class LayerCost(NamedTuple):
+    """One layer of a model: the bytes that its weights take on the device, and the seconds that it
+    computes."""
+
+    name: str
+    nbytes: int
+    compute_s: float
+
+
+class Fetch(NamedTuple):
+    """What one swapped layer's copy and compute waited for in the last simulated step, in seconds."""
+
+    index: int
+    stall_s: float
+    """compute waited for the copy"""
+    blocked_s: float
+    """the link waited for the slot"""
+
+
+class Streaming:
+    """The step model for one order of layers and one link; `step_s` is called with many sets and rings."""
+
+    def __init__(self, nbytes: Sequence[int], compute_s: Sequence[float], link_bytes_per_s: float) -> None:
+        if link_bytes_per_s <= 0:
+            raise ValueError(f"the link's bandwidth must be above zero, not {link_bytes_per_s} bytes/s")
+        self.nbytes = nbytes
+        self.compute_s = compute_s
+        self.link_bytes_per_s = link_bytes_per_s
+        self.total_compute_s = sum(compute_s)
+
+    def bound_s(self, swapped: Sequence[bool]) -> float:
+        """No step is shorter: all compute, or all swapped bytes over the link."""
+        moved = sum(size for size, fetched in zip(self.nbytes, swapped, strict=True) if fetched)
+        return max(self.total_compute_s, moved / self.link_bytes_per_s)
+
+    def step_s(self, swapped: Sequence[bool], ring_bytes: int, averaged_steps: int = AVERAGED_STEPS) -> float:
+        """Seconds of a step once the ring has filled. Every swapped layer must fit into the ring."""
+        return self._run(swapped, ring_bytes, averaged_steps)[0]
+
+    def fetches(self, swapped: Sequence[bool], ring_bytes: int) -> list[Fetch]:
+        """Where compute waits for the link and the link for compute."""
+        return self._run(swapped, ring_bytes, 1, keep_waits=True)[1]
+
+    def _run(
+        self, swapped: Sequence[bool], ring_bytes: int, averaged_steps: int, keep_waits: bool = False
+    ) -> tuple[float, list[Fetch]]:
+        order, before_s, after_s = self._gaps(swapped)
+        if not order:
+            return self.total_compute_s, []
+        sizes = [self.nbytes[i] for i in order]
+        if max(sizes) > ring_bytes:
+            raise ValueError(f"a layer of {max(sizes)} bytes does not pass through a ring of {ring_bytes}
+            bytes")
+        copy_s = [size / self.link_bytes_per_s for size in sizes]
+        steps = WARM_UP_STEPS + averaged_steps
+        count = len(order)
+
+        freed: list[float] = []  # when each slot issued so far was free again
+        slot_starts: list[int] = []  # addresses that grow forever; the ring's are these modulo its size
+        address = 0
+        oldest = 0  # the first slot that the next one need not wait for
+        copied = computed = slot_free = warm_end = 0.0
+        waits: list[Fetch] = []
+        for step in range(steps):
+            if step == WARM_UP_STEPS:
+                warm_end = computed
+            last = keep_waits and step == steps - 1
+            for k in range(count):
+                size = sizes[k]
+                room = ring_bytes - address % ring_bytes
+                if size > room:  # contiguous: what is left at the end of the ring is skipped
+                    address += room
+                slot_starts.append(address)
+                address += size
+                overwritten = address - ring_bytes
+                while slot_starts[oldest] < overwritten:
+                    slot_free = freed[oldest]  # slots are freed in order, so the latest is the one to wait
+                    for oldest += 1
+                issued = copied if copied > slot_free else slot_free
+                due = computed + before_s[k]
+                if last:
+                    arrives = issued + copy_s[k]
+                    waits.append(Fetch(order[k], max(0.0, arrives - due), max(0.0, slot_free - copied)))
+                copied = issued + copy_s[k]
+                computed = (copied if copied > due else due) + self.compute_s[order[k]]
+                freed.append(computed)
+            computed += after_s
+        mean = (computed - warm_end) / averaged_steps
+        # Prefetched before the averaged steps began, a ring's worth may be missing from them.
+        return max(mean, self.total_compute_s, sum(copy_s)), waits
+
+    def _gaps(self, swapped: Sequence[bool]) -> tuple[list[int], list[float], float]:
+        """Swapped layers, the compute of residents before each of them, and after the last of them."""
+        order: list[int] = []
+        before: list[float] = []
+        gap = 0.0
+        for i, fetched in enumerate(swapped):
+            if fetched:
+                order.append(i)
+                before.append(gap)
+                gap = 0.0
+            else:
+                gap += self.compute_s[i]
+        return order, before, gap
+
+
+def _streaming(
+    layers: Sequence[LayerCost], resident: Collection[str], link_bytes_per_s: float
+) -> tuple[Streaming, list[bool]]:
+    streaming = Streaming([layer.nbytes for layer in layers], [layer.compute_s for layer in layers],
+    link_bytes_per_s) kept = frozenset(resident)
+    return streaming, [layer.name not in kept for layer in layers]
+
+
+def predict_step(
+    layers: Sequence[LayerCost], resident: Collection[str], *, ring_bytes: int, link_bytes_per_s: float
+) -> float:
+    """Seconds of a step in the steady state; never below `bound_step`.
+
+    `layers` in execution order, `resident` the names of those with a permanent copy. Raises ValueError where
+    a swapped layer is larger than the ring or the bandwidth is not positive.
+    """
+    streaming, swapped = _streaming(layers, resident, link_bytes_per_s)
+    return streaming.step_s(swapped, ring_bytes)
+
+
+def bound_step(layers: Sequence[LayerCost], resident: Collection[str], *, link_bytes_per_s: float) -> float:
+    """Seconds that no step can be shorter than: max(compute, swapped bytes / link)."""
+    streaming, swapped = _streaming(layers, resident, link_bytes_per_s)
+    return streaming.bound_s(swapped)
