@@ -1,7 +1,8 @@
 """Every GGML type: how many elements a block holds, how many bytes it takes, and who unpacks it.
 
-The numbers are those of the GGUF specification and of ggml's block structures. To add a type, write a function that
-unpacks it, beside those of its kind (`unpack_legacy` says what it may rely on), and add a row to `_ROWS`.
+The numbers are those of the GGUF specification and of ggml's block structures. To add a type, write a
+function that unpacks it, beside those of its kind (`unpack_legacy` says what it may rely on), and add a row
+to `_ROWS`.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ UnpackFunction = Callable[[Tensor, Tensor], None]
 """`(blocks, out)`: blocks uint8 (n, block_bytes), out fp32, fp16 or bf16 (n, block_elements)."""
 
 UnpackLikeForgeFunction = Callable[[Tensor, Tensor, torch.dtype], None]
-"""`(blocks, out, computation_dtype)`: the same, with scales and products rounded to fp16 or bf16 as Forge does."""
+"""`(blocks, out, computation_dtype)`: the same, scales and products rounded to fp16 or bf16 as in Forge."""
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
     """One GGML type.
 
-    name: as the GGUF specification spells it. ggml_id: its number in a file. dtype: the torch dtype of a plain
-    type, whose bytes are the values; None where blocks have to be unpacked. unpack: None where the layout is known
-    but nothing unpacks it. unpack_like_forge: for the types of which Forge rounds intermediate values.
+    name: as the GGUF specification spells it. ggml_id: its number in a file. dtype: the torch dtype of a
+    plain type, whose bytes are the values; None where blocks have to be unpacked. unpack: None where the
+    layout is known but nothing unpacks it. unpack_like_forge: for the types of which Forge rounds
+    intermediate values.
     """
 
     name: str
@@ -63,8 +65,8 @@ _ROWS = (
     Format("Q5_0", 6, 32, 22, unpack=unpack_legacy.unpack_q5_0, unpack_like_forge=unpack_legacy.unpack_q5_0),
     Format("Q5_1", 7, 32, 24, unpack=unpack_legacy.unpack_q5_1, unpack_like_forge=unpack_legacy.unpack_q5_1),
     Format("Q8_0", 8, 32, 34, unpack=unpack_legacy.unpack_q8_0, unpack_like_forge=unpack_legacy.unpack_q8_0),
-    # ggml's kernels keep activations in Q8_1, no file holds it. 40 bytes as gguf-py counts them, with two fp32
-    # scales; ggml's own structure has shrunk to 36 since, with two fp16 ones.
+    # ggml's kernels keep activations in Q8_1, no file holds it. 40 bytes as gguf-py counts them, with two
+    # fp32 scales; ggml's own structure has shrunk to 36 since, with two fp16 ones.
     Format("Q8_1", 9, 32, 40),
     Format("Q1_0", 41, 128, 18, unpack=unpack_legacy.unpack_q1_0),
     Format("Q2_K", 10, 256, 84, unpack=unpack_k.unpack_q2_k, unpack_like_forge=unpack_k.unpack_q2_k),

@@ -1,7 +1,7 @@
 """Packed blocks to numbers: the one entry point, on any device, in chunks.
 
-A chunk's temporaries fit into a CPU's cache, or, on an accelerator, into 64 MB. Nothing here waits for a device, and
-all memory comes from torch's allocator, on the current stream.
+A chunk's temporaries fit into a CPU's cache, or, on an accelerator, into 64 MB. Nothing here waits for a
+device, and all memory comes from torch's allocator, on the current stream.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ def unpack(
 ) -> Tensor:
     """Write the values of `packed` into `out` and return it.
 
-    packed: uint8, contiguous, whole blocks, any shape. out: fp32, fp16 or bf16, contiguous, any shape, as many
-    elements as the blocks hold, on the same device.
-    arithmetic: "exact" computes in fp32 and rounds once to out's dtype. "like Forge" computes in `computation_dtype`
-    (fp16 by default, as in Forge, or bf16) in Forge's order of operations, and casts to out's dtype. In fp32, and
-    for types that Forge does not unpack, the two are the same.
+    packed: uint8, contiguous, whole blocks, any shape. out: fp32, fp16 or bf16, contiguous, any shape, as
+    many elements as the blocks hold, on the same device. arithmetic: "exact" computes in fp32 and rounds once
+    to out's dtype. "like Forge" computes in `computation_dtype` (fp16 by default, as in Forge, or bf16) in
+    Forge's order of operations, and casts to out's dtype. In fp32, and for types that Forge does not unpack,
+    the two are the same.
 
-    Raises ValueError for tensors that do not fit each other, NotImplementedError for a type that cannot be unpacked.
+    Raises ValueError for tensors that do not fit each other, NotImplementedError for a type that cannot be
+    unpacked.
     """
     _check(format, packed, out)
     function, rounding = _choose(format, arithmetic, computation_dtype)
@@ -55,9 +56,10 @@ def _check(format: Format, packed: Tensor, out: Tensor) -> None:
         raise ValueError(f"packed {format.name} blocks are contiguous uint8, not {packed.dtype}.")
     if out.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not out.is_contiguous():
         raise ValueError(f"{format.name} is unpacked into contiguous fp32, fp16 or bf16, not {out.dtype}.")
-    if packed.numel() != format.packed_bytes(out.numel()):
+    expected = format.packed_bytes(out.numel())
+    if packed.numel() != expected:
         raise ValueError(
-            f"{out.numel()} elements of {format.name} take {format.packed_bytes(out.numel())} bytes, not {packed.numel()}."
+            f"{out.numel()} elements of {format.name} take {expected} bytes, but there are {packed.numel()}."
         )
     if packed.device != out.device:
         raise ValueError(f"packed {format.name} blocks are on {packed.device}, their values on {out.device}.")
@@ -66,7 +68,7 @@ def _check(format: Format, packed: Tensor, out: Tensor) -> None:
 def _choose(
     format: Format, arithmetic: Arithmetic, computation_dtype: torch.dtype | None
 ) -> tuple[UnpackFunction, torch.dtype | None]:
-    """The function to call, and the dtype that its values are to be rounded to before they are cast to out's."""
+    """The function to call, and the dtype that its values are rounded to before they are cast to out's."""
     if format.unpack is None:
         raise NotImplementedError(f"{format.name} has a known layout but no published way to unpack it.")
     if arithmetic == "exact":
@@ -88,23 +90,21 @@ def _in_dtype(function: UnpackLikeForgeFunction, dtype: torch.dtype) -> UnpackFu
 def _in_chunks(
     function: UnpackFunction, blocks: Tensor, values: Tensor, rounding: torch.dtype | None, direct: bool
 ) -> None:
-    """Call `function` for every chunk; it writes into `values` itself where it can or should, else into a buffer."""
-    on_cpu = values.device.type == "cpu"
-    count, elements = values.shape
-    chunk = (_CPU_CHUNK_ELEMENTS * torch.get_num_threads() if on_cpu else _DEVICE_CHUNK_ELEMENTS) // elements
-    # On the CPU planes are written in fp32, and rounded in one contiguous pass: short strided ones are slow.
-    written = torch.float32 if on_cpu else rounding or values.dtype
-    buffer = None
-    if not direct and written != values.dtype:
-        buffer = torch.empty((min(chunk, count), elements), dtype=written, device=values.device)
+        """Call `function` for every chunk. `direct`: it may write into `values` itself, whatever their
+        dtype.""" on_cpu = values.device.type == "cpu" count, elements = values.shape chunk =
+        (_CPU_CHUNK_ELEMENTS * torch.get_num_threads() if on_cpu else _DEVICE_CHUNK_ELEMENTS) // elements # On
+        the CPU planes are written in fp32 and rounded in one contiguous pass: short strided ones are slow.
+        written = torch.float32 if on_cpu else rounding or values.dtype buffer = None if not direct and
+        (written != values.dtype or rounding not in (None, written)): buffer = torch.empty((min(chunk,
+        max(count, BLOCK_GRANULE)), elements), dtype=written, device=values.device)
 
     def unpack_chunk(packed: Tensor, out: Tensor) -> None:
         if buffer is None:
             function(packed, out)
             return
-        exact = buffer[: out.shape[0]]
-        function(packed, exact)
-        out.copy_(exact if rounding in (None, written, out.dtype) else exact.to(rounding))
+        unrounded = buffer[: out.shape[0]]
+        function(packed, unrounded)
+        out.copy_(unrounded if rounding in (None, out.dtype) else unrounded.to(rounding))
 
     whole = count - count % BLOCK_GRANULE
     for start in range(0, whole, chunk):

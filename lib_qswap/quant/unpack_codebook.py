@@ -1,7 +1,8 @@
 """Four-bit types whose numbers stand for 16 fixed values: IQ4_NL, IQ4_XS, MXFP4 and NVFP4. Arguments as in
 `unpack_legacy`.
 
-Values come two at a time from a table: one index is a pair of neighbouring elements, one entry two fp32 values.
+Values come two at a time from a table: one index is a pair of neighbouring elements, one entry two fp32
+values.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _pair_table(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _look_up(words: Tensor, values: tuple[int, ...], shift: int) -> Tensor:
-    """The values that the low (shift 0) or high (shift 4) nibbles of int64 words stand for, in order: fp32, flat."""
+    """What the low (shift 0) or high (shift 4) nibbles of int64 words stand for, in order: fp32, flat."""
     nibbles = (words >> shift).bitwise_and_(every_byte(0x0F)).view(torch.int16)
     return _pair_table(values, words.device).index_select(0, nibbles.int().view(-1)).view(torch.float32)
 
@@ -43,7 +44,7 @@ def unpack_iq4_nl(blocks: Tensor, out: Tensor) -> None:
 
 
 def unpack_iq4_xs(blocks: Tensor, out: Tensor) -> None:
-    """fp16 d, 16 bits of scale tops, 4 bytes of scale nibbles, 8 x 16 bytes of nibbles; d * (sc - 32) * value."""
+    """fp16 d, 2 bytes of scale tops, 4 of scale nibbles, 8 x 16 of nibbles; d * (sc - 32) * value."""
     n = blocks.shape[0]
     head = blocks.view(torch.int32)[:, :2]
     scales = torch.empty((n, 8), dtype=torch.int32, device=blocks.device)
@@ -87,7 +88,7 @@ def _ue4m3_halved(device: torch.device) -> Tensor:
 
 
 def unpack_nvfp4(blocks: Tensor, out: Tensor) -> None:
-    """4 scale bytes, 4 x 8 bytes: element i of 16 in the low nibble of byte i, 8 + i in the high one; scale * value."""
+    """4 scale bytes, 4 x 8 bytes: element i in the low nibble of byte i, 8 + i in the high one; scale * value."""
     n = blocks.shape[0]
     scale = _ue4m3_halved(blocks.device).index_select(0, blocks[:, :4].int().view(-1)).view(4 * n, 1)
     words = as_words(blocks.view(torch.int32)[:, 1:].contiguous())

@@ -1,7 +1,8 @@
-"""The IQ1, IQ2 and IQ3 types: an index into a lattice for 8 or 4 elements at once. Arguments as in `unpack_legacy`.
+"""The IQ1, IQ2 and IQ3 types: an index into a lattice for 8 or 4 elements at once. Arguments as in
+`unpack_legacy`.
 
-Rows of a lattice are signed bytes in one integer, so that one look-up fetches them all; signs are applied to all
-bytes at once: `(row ^ s) - s` where s is 0xFF in every byte to negate.
+Rows of a lattice are signed bytes in one integer, so that one look-up fetches them all; signs are applied to
+all bytes at once: `(row ^ s) - s` where s is 0xFF in every byte to negate.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def _sign_bytes(device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _seven_signs(device: torch.device) -> Tensor:
-    """int64 (128,): as `_sign_bytes`, for 7 stored bits; the eighth makes the number of negative elements even."""
+    """int64 (128,): as `_sign_bytes`, for 7 stored bits; the eighth makes the number of set bits even."""
     index = torch.arange(128)
     parity = (index[:, None] >> torch.arange(7) & 1).sum(1) & 1
     return _sign_bytes(torch.device("cpu"))[index | parity << 7].to(device)
@@ -37,7 +38,7 @@ def _nibbles(data: Tensor) -> Tensor:
 
 
 def _bit_fields(data: Tensor, width: int, step: int, count: int) -> Tensor:
-    """int32 (n, m) -> int32 (n, m * count): `count` fields of `width` bits, `step` bits apart, lowest first."""
+    """int32 (n, m) -> int32 (n, m * count): `count` fields of `width` bits, `step` apart, lowest first."""
     shifts = constant(data.device, torch.int32, *range(0, step * count, step))
     return (data[:, :, None] >> shifts).bitwise_and_((1 << width) - 1).flatten(1)
 
@@ -89,7 +90,7 @@ def unpack_iq3_xxs(blocks: Tensor, out: Tensor) -> None:
 
 
 def unpack_iq3_s(blocks: Tensor, out: Tensor) -> None:
-    """fp16 d, 64 index bytes, 8 bytes of index tops, 32 sign bytes, 8 scale nibbles; d * (2 * sc + 1) * grid * sign."""
+    """fp16 d, 64 index bytes, 8 bytes of index tops, 32 sign bytes, 8 scale nibbles; d * (2 sc + 1) * grid * sign."""
     tops = _bit_fields(blocks[:, 66:74].int(), 1, 1, 8)
     index = tops.bitwise_left_shift_(8).bitwise_or_(blocks[:, 2:66])
     signs = _sign_bytes(blocks.device).index_select(0, blocks[:, 74:106].int().view(-1))
@@ -105,14 +106,14 @@ def _shifted_iq1_rows(device: torch.device) -> Tensor:
 
 
 def _write_iq1(index: Tensor, scale: Tensor, out: Tensor) -> None:
-    """index (n, 32): 11 bits, bit 11 for a shift of -1/8 instead of 1/8; scale (n, groups), an eighth of the true one."""
+    """index (n, 32): 11 bits, and bit 11 for a shift of -1/8, not 1/8; scale (n, groups), in eighths."""
     n, groups = scale.shape
     values = _shifted_iq1_rows(out.device).index_select(0, index.reshape(-1)).view(torch.int8).float()
     torch.mul(values.view(n, groups, -1), scale[:, :, None], out=out.view(n, groups, -1))
 
 
 def unpack_iq1_s(blocks: Tensor, out: Tensor) -> None:
-    """fp16 d, 32 index bytes, 8 x (4 index tops of 3 bits, 3-bit scale, shift); d * (2 * sc + 1) * (grid +- 1/8)."""
+    """fp16 d, 32 index bytes, 8 x (4 index tops of 3 bits, 3-bit scale, shift); d * (2 sc + 1) * (grid +- 1/8)."""
     n = blocks.shape[0]
     high = blocks.view(torch.int16)[:, 17:].int()
     tops = _bit_fields(high, 3, 3, 4).bitwise_left_shift_(8).view(n, 8, 4)
@@ -122,7 +123,7 @@ def unpack_iq1_s(blocks: Tensor, out: Tensor) -> None:
 
 
 def unpack_iq1_m(blocks: Tensor, out: Tensor) -> None:
-    """32 index bytes, 32 x (3-bit index top, shift), 4 x (4 scales of 3 bits, a nibble of the fp16 d); as IQ1_S."""
+    """32 index bytes, 32 x (3-bit top, shift), 4 x (4 scales of 3 bits, a nibble of the fp16 d); as IQ1_S."""
     n = blocks.shape[0]
     nibbles = _bit_fields(blocks[:, 32:48].int(), 4, 4, 2)
     index = (nibbles << 8).bitwise_or_(blocks[:, :32])

@@ -13,15 +13,16 @@ from .words import as_numbers, as_words, every_byte, half_scale, product
 
 
 def _group_scales(small: Tensor, blocks: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
-    """The super-block's fp16 scale at `offset` times the small scale of every group, both rounded to `dtype`; fp32."""
+    """The super-block's fp16 scale at `offset` times its groups' small ones, as fp32 numbers of `dtype`."""
     return (small * half_scale(blocks, offset, dtype)).to(dtype).float()
 
 
 def _six_bit_scales(blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Q4_K's and Q5_K's scales, fp32 (n, 8), and minima, `dtype` (n, 8): d * sc and dmin * m.
 
-    fp16 d, fp16 dmin, then 12 bytes for eight 6-bit sc and m each: the first four sc, the first four m, four bytes with
-    the low nibbles of the other sc and m, whose two high bits are the top bits of the first eight bytes.
+    fp16 d, fp16 dmin, then 12 bytes for eight 6-bit sc and m each: the first four sc, the first four m, four
+    bytes with the low nibbles of the other sc and m, whose two high bits are the top bits of the first eight
+    bytes.
     """
     n = blocks.shape[0]
     sc, m, rest = blocks.view(torch.int32)[:, 1:4].unbind(1)
@@ -51,7 +52,7 @@ def unpack_q4_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = to
 
 
 def unpack_q5_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = torch.float32) -> None:
-    """As Q4_K, with 32 bytes of fifth bits before the nibbles: bit j of byte i belongs to element 32 * j + i."""
+    """As Q4_K, with 32 bytes of fifth bits before the nibbles: bit j of byte i for element 32 * j + i."""
     n = blocks.shape[0]
     scales, minima = _six_bit_scales(blocks, computation_dtype)
     scales, minima = scales.mul_(1 / 8).t().unsqueeze(2), minima.t().unsqueeze(2)
@@ -67,7 +68,7 @@ def unpack_q5_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = to
 
 
 def _by_plane(groups: Tensor) -> Tensor:
-    """fp32 (n, 16), a number for every 16 elements -> (4, 4 * n, 1): plane by plane, in each by half super-block."""
+    """fp32 (n, 16), a number for every 16 elements -> (4, 4 * n, 1), plane by plane."""
     n = groups.shape[0]
     return groups.view(torch.int64).view(2 * n, 4).t().contiguous().view(torch.float32).view(4, 4 * n, 1)
 
@@ -75,8 +76,8 @@ def _by_plane(groups: Tensor) -> Tensor:
 def unpack_q6_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = torch.float32) -> None:
     """128 bytes of low nibbles, 64 bytes of 2 high bits, 16 signed scales, fp16 d; d * sc * (q - 32).
 
-    A half super-block has four planes: the low, then the high nibbles of its 64 bytes; plane k has its high bits at
-    bits 2 * k of the 32 bytes.
+    A half super-block has four planes: the low, then the high nibbles of its 64 bytes; plane k has its high
+    bits at bits 2 * k of the 32 bytes.
     """
     n = blocks.shape[0]
     signed_scales = blocks.view(torch.int8)[:, 192:208].float()
@@ -95,7 +96,7 @@ def unpack_q6_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = to
 
 
 def unpack_q2_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = torch.float32) -> None:
-    """16 bytes of 4-bit scales and minima, 2 x 32 bytes with four planes, fp16 d, dmin; d * sc * q - dmin * m."""
+    """16 bytes of 4-bit sc and m, 2 x 32 bytes with four planes, fp16 d, fp16 dmin; d * sc * q - dmin * m."""
     n = blocks.shape[0]
     small_scales, small_minima = (blocks[:, :16] & 0x0F).float(), (blocks[:, :16] >> 4).float()
     scales = _by_plane(_group_scales(small_scales, blocks, 80, computation_dtype))
@@ -109,7 +110,7 @@ def unpack_q2_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = to
 
 
 def _q3_k_scales(blocks: Tensor) -> Tensor:
-    """Sixteen 6-bit scales less 32, fp32 (n, 16): 8 bytes of nibbles, the low ones first, then 4 bytes of 2 high bits."""
+    """Sixteen 6-bit scales less 32, fp32 (n, 16): 8 bytes of nibbles, low ones first, 4 of 2 high bits."""
     n = blocks.shape[0]
     packed = blocks[:, 96:108].contiguous().view(torch.int32)
     low, top = packed[:, :2], packed[:, 2:]

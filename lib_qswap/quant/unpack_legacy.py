@@ -1,12 +1,12 @@
 """The types with one scale for each block: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q1_0.
 
 What holds for every `unpack_*` function of this package: blocks is uint8 (n, block_bytes), contiguous, 8-byte
-aligned, n a multiple of `BLOCK_GRANULE`. The values go into out (n, block_elements), each rounded once to out's dtype.
-With a computation dtype of fp16 or bf16, scales and products are rounded to it where Forge does that; out is then
-fp32 or of that dtype, and a value in fp32 has still to be rounded.
+aligned, n a multiple of `BLOCK_GRANULE`. The values go into out (n, block_elements), each rounded once to
+out's dtype. With a computation dtype of fp16 or bf16, scales and products are rounded to it where Forge does
+that; out is then fp32 or of that dtype, and a value in fp32 has still to be rounded.
 
-Numbers are left where they lie in their byte; the power of two that this multiplies them by is taken off the scale,
-in fp32, where that is exact.
+Numbers are left where they lie in their byte; the power of two that this multiplies them by is taken off the
+scale, in fp32, where that is exact.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .words import as_numbers, as_words, constant, every_byte, half_scale, produ
 
 
 def unpack_q4_0(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = torch.float32) -> None:
-    """fp16 d, 16 bytes: element i in the low nibble of byte i, element 16 + i in the high one; d * (q - 8)."""
+    """fp16 d, 16 bytes: element i in the low nibble of byte i, 16 + i in the high one; d * (q - 8)."""
     n = blocks.shape[0]
     scale = half_scale(blocks, 0, computation_dtype).mul_(1 / 16)
     # With its top bit flipped, a high nibble read as signed is (q - 8) * 16.

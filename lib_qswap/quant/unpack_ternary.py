@@ -11,8 +11,9 @@ from .words import as_numbers, as_words, every_byte, half_scale
 def unpack_tq1_0(blocks: Tensor, out: Tensor) -> None:
     """48 bytes of five base-3 digits, 4 bytes of four, fp16 d; d * (digit - 1).
 
-    A byte is the digits as a fraction of 243, in 256ths: multiplied by 3 ** k modulo 256, its first digit is digit k.
-    Digit k of the first 32 bytes are elements 32 * k on, of the next 16 bytes 160 + 16 * k on, of the last 240 + 4 * k on.
+    A byte is the digits as a fraction of 243, in 256ths: multiplied by 3 ** k modulo 256, its first digit is
+    digit k. Digit k of the first 32 bytes are elements 32 * k on, of the next 16 bytes 160 + 16 * k on, of
+    the last 240 + 4 * k on.
     """
     n = blocks.shape[0]
     scale = half_scale(blocks, 52)

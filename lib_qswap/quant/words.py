@@ -1,7 +1,7 @@
 """Bytes handled eight at a time, as the int64 words they lie in, and the step from bytes to scaled numbers.
 
-torch shifts and masks int64 as fast as uint8, so one operation on words does the work of eight on bytes. Bits that
-a shift carries over from the neighbouring byte are masked away afterwards.
+torch shifts and masks int64 as fast as uint8, so one operation on words does the work of eight on bytes. Bits
+that a shift carries over from the neighbouring byte are masked away afterwards.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def as_words(data: Tensor) -> Tensor:
 def as_numbers(words: Tensor, *shape: int, signed: bool = False) -> Tensor:
     """The bytes of words, in `shape`, ready to be multiplied by fp32 scales.
 
-    fp32 on the CPU, where a contiguous conversion is quick and one within an operation slow. Elsewhere the bytes
-    themselves: an accelerator converts as it reads.
+    fp32 on the CPU, where a contiguous conversion is quick and one within an operation slow. Elsewhere the
+    bytes themselves: an accelerator converts as it reads.
     """
     data = words.view(torch.int8 if signed else torch.uint8).view(shape)
     return data.float() if data.device.type == "cpu" else data
