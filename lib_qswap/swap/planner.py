@@ -179,13 +179,12 @@ class _Planner:
         if room < 0:
             return None
         tiny = (i for i, size in enumerate(nbytes) if not kept[i] and size < TINY_LAYER_BYTES)
-        idle = (i for i, size in enumerate(nbytes) if not kept[i] and size >= TINY_LAYER_BYTES and
-        compute_s[i] == 0) for i in sorted(tiny, key=nbytes.__getitem__):
+        for i in sorted(tiny, key=nbytes.__getitem__):
             if nbytes[i] <= room:
                 kept[i] = True
                 room -= nbytes[i]
         if keep_idle:
-            first = list(idle)
+            first = [i for i, keep in enumerate(kept) if not keep and compute_s[i] == 0]
             if not first or sum(nbytes[i] for i in first) > room:
                 return None
             for i in first:

@@ -70,8 +70,7 @@ class Streaming:
             return self.total_compute_s, []
         sizes = [self.nbytes[i] for i in order]
         if max(sizes) > ring_bytes:
-            raise ValueError(f"a layer of {max(sizes)} bytes does not pass through a ring of {ring_bytes}
-            bytes")
+            raise ValueError(f"a layer of {max(sizes)} bytes does not fit into a ring of {ring_bytes} bytes")
         copy_s = [size / self.link_bytes_per_s for size in sizes]
         steps = WARM_UP_STEPS + averaged_steps
         count = len(order)
@@ -95,8 +94,8 @@ class Streaming:
                 address += size
                 overwritten = address - ring_bytes
                 while slot_starts[oldest] < overwritten:
-                    slot_free = freed[oldest]  # slots are freed in order, so the latest is the one to wait
-                    for oldest += 1
+                    slot_free = freed[oldest]  # slots are freed in order: the latest is the one to wait for
+                    oldest += 1
                 issued = copied if copied > slot_free else slot_free
                 due = computed + before_s[k]
                 if last:
@@ -128,9 +127,9 @@ class Streaming:
 def _streaming(
     layers: Sequence[LayerCost], resident: Collection[str], link_bytes_per_s: float
 ) -> tuple[Streaming, list[bool]]:
-    streaming = Streaming([layer.nbytes for layer in layers], [layer.compute_s for layer in layers],
-    link_bytes_per_s) kept = frozenset(resident)
-    return streaming, [layer.name not in kept for layer in layers]
+    nbytes, compute_s = [layer.nbytes for layer in layers], [layer.compute_s for layer in layers]
+    kept = frozenset(resident)
+    return Streaming(nbytes, compute_s, link_bytes_per_s), [layer.name not in kept for layer in layers]
 
 
 def predict_step(
