@@ -90,13 +90,16 @@ def _in_dtype(function: UnpackLikeForgeFunction, dtype: torch.dtype) -> UnpackFu
 def _in_chunks(
     function: UnpackFunction, blocks: Tensor, values: Tensor, rounding: torch.dtype | None, direct: bool
 ) -> None:
-        """Call `function` for every chunk. `direct`: it may write into `values` itself, whatever their
-        dtype.""" on_cpu = values.device.type == "cpu" count, elements = values.shape chunk =
-        (_CPU_CHUNK_ELEMENTS * torch.get_num_threads() if on_cpu else _DEVICE_CHUNK_ELEMENTS) // elements # On
-        the CPU planes are written in fp32 and rounded in one contiguous pass: short strided ones are slow.
-        written = torch.float32 if on_cpu else rounding or values.dtype buffer = None if not direct and
-        (written != values.dtype or rounding not in (None, written)): buffer = torch.empty((min(chunk,
-        max(count, BLOCK_GRANULE)), elements), dtype=written, device=values.device)
+    """Call `function` for every chunk. `direct`: it may write into `values` itself in any dtype."""
+    on_cpu = values.device.type == "cpu"
+    count, elements = values.shape
+    chunk = (_CPU_CHUNK_ELEMENTS * torch.get_num_threads() if on_cpu else _DEVICE_CHUNK_ELEMENTS) // elements
+    # On the CPU planes are written in fp32 and rounded in one contiguous pass: short strided ones are slow.
+    written = torch.float32 if on_cpu else rounding or values.dtype
+    buffer = None
+    if not direct and (written != values.dtype or rounding not in (None, written)):
+        rows = min(chunk, max(count, BLOCK_GRANULE))
+        buffer = torch.empty((rows, elements), dtype=written, device=values.device)
 
     def unpack_chunk(packed: Tensor, out: Tensor) -> None:
         if buffer is None:

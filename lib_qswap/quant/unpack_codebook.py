@@ -88,7 +88,7 @@ def _ue4m3_halved(device: torch.device) -> Tensor:
 
 
 def unpack_nvfp4(blocks: Tensor, out: Tensor) -> None:
-    """4 scale bytes, 4 x 8 bytes: element i in the low nibble of byte i, 8 + i in the high one; scale * value."""
+    """4 scale bytes, 4 x 8 bytes: element i in the low nibble of byte i, 8 + i in the high one."""
     n = blocks.shape[0]
     scale = _ue4m3_halved(blocks.device).index_select(0, blocks[:, :4].int().view(-1)).view(4 * n, 1)
     words = as_words(blocks.view(torch.int32)[:, 1:].contiguous())

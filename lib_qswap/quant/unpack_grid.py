@@ -90,7 +90,7 @@ def unpack_iq3_xxs(blocks: Tensor, out: Tensor) -> None:
 
 
 def unpack_iq3_s(blocks: Tensor, out: Tensor) -> None:
-    """fp16 d, 64 index bytes, 8 bytes of index tops, 32 sign bytes, 8 scale nibbles; d * (2 sc + 1) * grid * sign."""
+    """fp16 d, 64 index bytes, 8 of index tops, 32 of signs, 8 scale nibbles; d * (2 sc + 1) * grid * sign."""
     tops = _bit_fields(blocks[:, 66:74].int(), 1, 1, 8)
     index = tops.bitwise_left_shift_(8).bitwise_or_(blocks[:, 2:66])
     signs = _sign_bytes(blocks.device).index_select(0, blocks[:, 74:106].int().view(-1))
@@ -113,7 +113,7 @@ def _write_iq1(index: Tensor, scale: Tensor, out: Tensor) -> None:
 
 
 def unpack_iq1_s(blocks: Tensor, out: Tensor) -> None:
-    """fp16 d, 32 index bytes, 8 x (4 index tops of 3 bits, 3-bit scale, shift); d * (2 sc + 1) * (grid +- 1/8)."""
+    """fp16 d, 32 index bytes, 8 x (4 tops of 3 bits, 3-bit scale, shift); d * (2 sc + 1) * (grid +- 1/8)."""
     n = blocks.shape[0]
     high = blocks.view(torch.int16)[:, 17:].int()
     tops = _bit_fields(high, 3, 3, 4).bitwise_left_shift_(8).view(n, 8, 4)
