@@ -1,0 +1,16 @@
+from backend.patcher.lora import LoraLoader
+
+
+class ModelPatcher:
+    def __init__(self, model, load_device=None, offload_device=None):
+        self.model = model
+        self.load_device, self.offload_device = load_device, offload_device
+        self.lora_patches = {}
+        self.lora_loader = LoraLoader(model)
+
+    def add_patches(self, *, filename, patches, strength_patch=1.0, strength_model=1.0, online_mode=False):
+        self.lora_patches[filename, strength_patch, strength_model, online_mode] = patches
+        return set(patches)
+
+    def refresh_loras(self):
+        self.lora_loader.refresh(lora_patches=self.lora_patches, offload_device=self.offload_device)

@@ -1,0 +1,6 @@
+class LoraLoader:
+    def __init__(self, model):
+        self.model = model
+
+    def refresh(self, lora_patches, offload_device=None, force_refresh=False):
+        pass
