@@ -1,4 +1,4 @@
-"""Puts the root's style.css, which stays where Forge looks for it, beside the panel's scripts in the wheel."""
+"""Puts the root's style.css, which stays where Forge looks for it, beside the scripts in the wheel."""
 
 from pathlib import Path
 

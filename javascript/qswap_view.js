@@ -11,6 +11,8 @@
     const qswap = (window.qswap = window.qswap || {});
 
     const MESSAGES_SHOWN = 4;
+    const SHORT_SECTION_PX = 240;
+    const DIGIT_PX = 8;
     const SVG_NS = "http://www.w3.org/2000/svg";
 
     function element(tag, className, ...children) {
@@ -126,7 +128,7 @@
                 tile.value.setText(figure.value);
                 tile.detail.setText(figure.detail);
                 tile.root.classList.toggle("qswap-bad", Boolean(figure.bad));
-                show(tile.meter, typeof figure.share === "number");
+                tile.meter.classList.toggle("qswap-unmetered", typeof figure.share !== "number");
                 tile.fill.style.width = `${(figure.share || 0) * 100}%`;
             }
         }
@@ -205,7 +207,7 @@
         build(layers) {
             const largest = Math.max(1, ...layers.map((layer) => layer.bytes || 0));
             const many = layers.length;
-            const widest = many <= 40 ? 44 : many <= 120 ? 26 : many <= 400 ? 15 : many <= 1000 ? 10 : 6;
+            const widest = many <= 40 ? 44 : many <= 120 ? 26 : many <= 400 ? 12 : many <= 1000 ? 9 : 6;
             const narrowest = many <= 400 ? 5 : 3;
             const width = (layer) => Math.max(narrowest, widest * Math.sqrt((layer.bytes || 0) / largest));
             this.cells = layers.map((layer, index) => {
@@ -219,9 +221,10 @@
         }
 
         section(section, width) {
-            const widths = section.blocks.map((block) =>
-                block.layers.reduce((sum, index) => sum + width(this.layers[index]) + 1, 0),
-            );
+            const widths = section.blocks.map((block) => {
+                const cells = block.layers.reduce((sum, index) => sum + width(this.layers[index]) + 1, 0);
+                return Math.max(cells, DIGIT_PX * (block.label || "").length);
+            });
             const widest = Math.ceil(Math.max(...widths));
             // Blocks alike stand in columns; others flow, each as wide as it needs.
             const alike = section.blocks.length > 1 && widest <= 1.5 * Math.min(...widths);
@@ -235,7 +238,7 @@
                     made.append(label("div", "qswap-block-label", block.label));
                 }
                 if (!alike) {
-                    made.style.maxWidth = `min(100%, ${Math.ceil(widths[nth])}px)`;
+                    made.style.width = `min(100%, ${Math.ceil(widths[nth])}px)`;
                 }
                 return made;
             });
@@ -243,7 +246,14 @@
             if (alike) {
                 flow.style.gridTemplateColumns = `repeat(auto-fill, minmax(min(${widest}px, 100%), 1fr))`;
             }
-            return element("div", "qswap-section", label("div", "qswap-section-title", section.title), flow);
+            // Short sections stand beside each other.
+            const short = widths.reduce((sum, each) => sum + each, 0) < SHORT_SECTION_PX;
+            return element(
+                "div",
+                short ? "qswap-section qswap-short" : "qswap-section",
+                label("div", "qswap-section-title", section.title),
+                flow,
+            );
         }
 
         update(name, layers) {
@@ -409,6 +419,7 @@
             setAttribute(this.pill, "data-tone", !managed ? "off" : model.active ? "on" : "off");
             this.root.classList.toggle("qswap-off", !managed || !model.active);
             this.note.setText(this.noteText(model, managed));
+            this.root.style.order = model.active && managed ? "0" : managed ? "1" : "2";
             if (!this.layered) {
                 return;
             }

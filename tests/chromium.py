@@ -21,6 +21,6 @@ def find_chromium() -> str | None:
 
 
 def launch_options() -> dict[str, Any]:
-    """Arguments for playwright's `chromium.launch`. Without a Chromium of the system, playwright's own is tried."""
+    """Arguments for playwright's `chromium.launch`; without a Chromium of the system, playwright's own."""
     found = find_chromium()
     return {"args": FLAGS, **({"executable_path": found} if found else {})}

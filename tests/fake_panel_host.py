@@ -1,4 +1,4 @@
-"""A host that plays a generation for the panel, without a model: the same picture for the same moment, every time.
+"""A host that plays a generation for the panel, without a model: one moment, one picture.
 
 `python tests/fake_panel_host.py [--port P]` serves it on a page of its own.
 """
@@ -38,7 +38,9 @@ def flux_layers() -> list[dict[str, Any]]:
     """The 304 layers of Flux's 19 double and 38 single blocks, in execution order."""
     sizes = [(f"double_blocks.{block}.{part}", size) for block in range(19) for part, size in _DOUBLE]
     sizes += [(f"single_blocks.{block}.{part}", size) for block in range(38) for part, size in _SINGLE]
-    return [_layer(i, name, "Linear", "Q4_K", size, size * 256 // 144) for i, (name, size) in enumerate(sizes)]
+    return [
+        _layer(i, name, "Linear", "Q4_K", size, size * 256 // 144) for i, (name, size) in enumerate(sizes)
+    ]
 
 
 def t5_layers() -> list[dict[str, Any]]:
@@ -52,9 +54,7 @@ def t5_layers() -> list[dict[str, Any]]:
             (f"t5xxl.transformer.encoder.block.{block}.layer.1.DenseReluDense.{part}", 4096 * 10240)
             for part in ("wi_0", "wi_1", "wo")
         ]
-    return [
-        _layer(i, name, "Linear", "Q8_0", size * 34 // 32, size) for i, (name, size) in enumerate(sizes)
-    ]
+    return [_layer(i, name, "Linear", "Q8_0", size * 34 // 32, size) for i, (name, size) in enumerate(sizes)]
 
 
 def _layer(i: int, name: str, kind: str, quant: str, size: int, params: int) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _layer(i: int, name: str, kind: str, quant: str, size: int, params: int) -> 
 
 
 class FakeHost:
-    """Plays 20 steps of a Flux-sized model over and over; the text encoder is on the host, the VAE is left to it.
+    """Plays 20 steps of a Flux-sized model over and over; the text encoder is unloaded, the VAE left to Forge.
 
     layers: the static fields of the main model's layers. clock: the moment in seconds; a test sets it.
     """

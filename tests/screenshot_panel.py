@@ -1,7 +1,7 @@
-"""Pictures of the panel for the README: `python tests/screenshot_panel.py URL` writes docs/panel-light.png and panel-dark.png.
+"""Pictures of the panel: `python tests/screenshot_panel.py URL` writes docs/panel-light.png and panel-dark.png.
 
-URL is a page that shows the panel: the demo's, the web UI's (a closed accordion named "QSwap memory" is opened), or the one of
-`python tests/fake_panel_host.py`.
+URL is a page that shows the panel: the demo's, the web UI's (a closed accordion named "QSwap memory" is
+opened), or the one of `python tests/fake_panel_host.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def picture(page: Page, url: str, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("url")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs")
     parser.add_argument("--width", type=int, default=1160)

@@ -15,17 +15,17 @@ _IN_WHEEL = _PACKAGE / "web"
 def mount_html(element_id: str, *, base: str = "", hz: float = 2.0) -> str:
     """The element that the panel draws itself into, as HTML.
 
-    element_id: unique in the page. base: the address that `/qswap/v1/…` is served under, without a trailing slash; empty: the
-    page's own folder, which is right for a page at the root of its server, also behind a proxy that adds a prefix. hz: how
-    often the panel asks for news while it is visible, 0.1 to 20 times a second.
+    element_id: unique in the page. base: the address that `/qswap/v1/…` is served under, without a trailing
+    slash; empty: the page's own folder, which is right for a page at the root of its server, also behind a
+    proxy that adds a prefix. hz: how often the panel asks for news while it is visible, 0.1 to 20 times a
+    second.
 
     There is no script in it: `javascript()` finds every such element, also one that comes later.
     """
     if not 0.1 <= hz <= 20:
         raise ValueError(f"the panel's refresh rate must be between 0.1 and 20 per second, not {hz}")
-    return (
-        f'<div id="{escape(element_id)}" class="qswap-panel" data-base="{escape(base.rstrip("/"))}" data-hz="{hz:g}"></div>'
-    )
+    base = escape(base.rstrip("/"))
+    return f'<div id="{escape(element_id)}" class="qswap-panel" data-base="{base}" data-hz="{hz:g}"></div>'
 
 
 def javascript() -> str:

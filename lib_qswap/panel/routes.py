@@ -1,12 +1,14 @@
 """The panel's JSON routes, for any FastAPI application.
 
-`GET /qswap/v1/residency` answers the ledger's snapshot. Hundreds of layers make some 60 KB of JSON, most of which never changes
-(names, kinds, sizes), so each model also carries a `layout`, a hash of what does not change. A client that polls sends the
-layouts that it has seen as `?known=HASH,HASH`, and gets for those models, instead of `layers`, a `changing` entry of a few KB:
+`GET /qswap/v1/residency` answers the ledger's snapshot. Hundreds of layers make some 60 KB of JSON, most of
+which never changes (names, kinds, sizes), so each model also carries a `layout`, a hash of what does not
+change. A client that polls sends the layouts that it has seen as `?known=HASH,HASH`, and gets for those
+models, instead of `layers`, a `changing` entry of a few KB:
 
     {"state": "0011…", "home": "0120…", "uses": [3, 3, …], "stall_us": [0, 12, …]}
 
-with one character or number a layer, in order; the characters index `STATES` and `HOMES`, "-" is none of them.
+with one character or number a layer, in order; the characters index `STATES` and `HOMES`, "-" is none of
+them.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _BODY_LIMIT_BYTES = 64 * 1024
 
 
 def add_routes(app: FastAPI, host: PanelHost, *, dependencies: Sequence[Any] = ()) -> None:
-    """Adds GET /qswap/v1/residency, GET /qswap/v1/trace, POST /qswap/v1/settings and POST /qswap/v1/plan to `app`.
+    """Adds the panel's routes to `app`: residency and trace (GET), settings and plan (POST), under /qswap/v1/.
 
     dependencies: what FastAPI checks before each of them, so that the host can put them behind its login.
     """
@@ -42,9 +44,9 @@ def add_routes(app: FastAPI, host: PanelHost, *, dependencies: Sequence[Any] = (
         return _json(snapshot)
 
     async def trace(request: Request) -> Response:
-        return _json(
-            {"traceEvents": host.trace()}, **{"Content-Disposition": 'attachment; filename="qswap-trace.json"'}
-        )
+        answer = _json({"traceEvents": host.trace()})
+        answer.headers["Content-Disposition"] = 'attachment; filename="qswap-trace.json"'
+        return answer
 
     async def settings(request: Request) -> Response:
         return await _ask(host.apply, request)
@@ -69,7 +71,7 @@ def add_routes(app: FastAPI, host: PanelHost, *, dependencies: Sequence[Any] = (
 
 
 def _with_layout(model: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
-    """A model's entry with its `layout`; where the client knows that layout already, `changing` in place of `layers`."""
+    """A model's entry with its `layout`; for a client that knows that layout, `changing` in place of `layers`."""
     layers = model.get("layers")
     if not layers:
         return dict(model)
@@ -93,7 +95,7 @@ def _digit(words: tuple[str, ...], word: Any) -> str:
 
 
 async def _ask(call: Any, request: Request) -> Response:
-    """Passes the JSON object in a request's body to the host, on a worker thread: it may wait for a running generation."""
+    """Passes the JSON object in a request's body to the host, on a worker thread: it may have to wait there."""
     try:
         return _json(await run_in_threadpool(call, await _json_object(request)))
     except ValueError as error:
@@ -101,7 +103,7 @@ async def _ask(call: Any, request: Request) -> Response:
 
 
 async def _json_object(request: Request) -> dict[str, Any]:
-    # A page of another site can send a form or plain text here with the user's cookies, but not JSON: browsers ask first.
+    # With the user's cookies, a page of another site can send forms and plain text here, but not JSON.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ValueError("the body must be sent as Content-Type: application/json")
     body = b""
@@ -118,16 +120,16 @@ async def _json_object(request: Request) -> dict[str, Any]:
     return value
 
 
-def _json(content: Any, status: int = 200, **headers: str) -> Response:
+def _json(content: Any, status: int = 200) -> Response:
     try:
         text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     except ValueError:
         text = json.dumps(_finite(content), separators=(",", ":"))
-    return Response(text, status, {"Cache-Control": "no-store", **headers}, "application/json")
+    return Response(text, status, {"Cache-Control": "no-store"}, "application/json")
 
 
 def _finite(value: Any) -> Any:
-    """The same value with null for every number that JSON cannot hold: a browser reads neither NaN nor Infinity."""
+    """The same value with null for NaN and Infinity, which JSON has not and browsers refuse."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
