@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .formats import Format, by_ggml_id
-from .gguf_header import Header, RawTensor, read_header
+from .gguf_header import MAX_DIMENSIONS, Header, RawTensor, read_header
 from .mapped_file import FileSlice, GGUFError, MappedFile
 from .packed import PackedTensor
 
@@ -169,6 +169,7 @@ def _shape(header: Header, raw: RawTensor, elements: int) -> tuple[int, ...]:
     noted = header.metadata.get(_ORIGINAL_SHAPE_KEY + raw.name)
     if (
         isinstance(noted, list)
+        and len(noted) <= MAX_DIMENSIONS
         and all(type(size) is int and size > 0 for size in noted)
         and math.prod(noted) == elements
     ):

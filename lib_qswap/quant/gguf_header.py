@@ -27,7 +27,8 @@ _STRING, _ARRAY, _UINT32 = 8, 9, 4
 
 # Limits of a header. The largest vocabularies have some 260,000 tokens and as many merges in about 20 MB.
 MAX_HEADER_BYTES = 256 << 20
-MAX_WALKED_ITEMS = 1 << 22
+MAX_ARRAY_ITEMS = 1 << 22
+MAX_TENSORS = MAX_METADATA = 1 << 16
 MAX_NAME_BYTES = 1024
 MAX_KEY_BYTES = 1 << 16
 MAX_DIMENSIONS = 8
@@ -88,7 +89,7 @@ class _Reader:
         self.file = file
         self.byte_order = byte_order
         self.position = position
-        self.walked = 0
+        self.array_items_seen = 0
         self._window = b""
         self._window_start = 0
 
@@ -149,23 +150,15 @@ class _Reader:
         return self.take(length, field)
 
     def name(self, field: str, max_bytes: int) -> str:
-        """A string that things are called by: UTF-8, without NUL, not empty."""
+        """A string that something is called by: UTF-8, printable, not empty."""
         raw = self.string(field, max_bytes)
         try:
             text = raw.decode()
         except UnicodeDecodeError as error:
             raise self.error(f"{field}: {raw[:40]!r} is not UTF-8") from error
-        if not text or "\0" in text:
-            raise self.error(f"{field}: {text[:40]!r} is empty or contains NUL")
+        if not text or not text.isprintable():
+            raise self.error(f"{field}: {text[:40]!r} is empty or contains NUL or other control characters")
         return text
-
-    def walk(self, count: int, field: str) -> None:
-        """Account for `count` items that take a step of Python each."""
-        self.walked += count
-        if self.walked > MAX_WALKED_ITEMS:
-            raise self.error(
-                f"{field}: more than {MAX_WALKED_ITEMS} items in the header: damaged; download it again"
-            )
 
     def value(self, field: str, kind: int) -> Any:
         if kind in _SCALARS:
@@ -182,6 +175,9 @@ class _Reader:
         item_type = self.number("I", f"{field} (item type)")
         count = self.number("Q", f"{field} (item count)")
         self.need(count * self._smallest_item(field, item_type), f"{field} ({count} items)")
+        self.array_items_seen += count
+        if self.array_items_seen > MAX_ARRAY_ITEMS:
+            raise self.error(f"{field}: more than {MAX_ARRAY_ITEMS} array items: damaged; download it again")
         start = self.position
         if count <= _EAGER_ARRAY_ITEMS or item_type == _ARRAY:
             return self.array_items(field, item_type, count, depth)
@@ -204,25 +200,27 @@ class _Reader:
     def array_items(self, field: str, item_type: int, count: int, depth: int) -> list[Any]:
         if item_type in _SCALARS:
             return list(self.numbers(_SCALARS[item_type], count, field))
-        self.walk(count, field)
         if item_type == _STRING:
             return [self.string(field).decode(errors="replace") for _ in range(count)]
         return [self.array(field, depth + 1) for _ in range(count)]
 
     def _skip_strings(self, field: str, count: int) -> None:
-        self.walk(count, field)
-        length_of = struct.Struct(f"{self.byte_order}Q").unpack_from
-        window, start = self._window, self._window_start
+        length_at = struct.Struct(f"{self.byte_order}Q").unpack_from
+        end = self.position + self.remaining
+        # `_bytes_at` without a call for most of the strings: a vocabulary has a quarter of a million.
+        window, window_start, position = self._window, self._window_start, self.position
         for _ in range(count):
-            # `_bytes_at`, without a call for most of the strings: vocabularies have a quarter of a million.
-            index = self.position - start
+            index = position - window_start
             if index + 8 > len(window):
+                self.position = position
                 index = self._bytes_at(8, field)
-                window, start = self._window, self._window_start
-            length = length_of(window, index)[0]
-            if length > self.remaining - 8:
-                self.need(length + 8, field)
-            self.position += 8 + length
+                window, window_start = self._window, self._window_start
+            length = length_at(window, index)[0]
+            if position + 8 + length > end:
+                self.position = position
+                self.need(8 + length, field)
+            position += 8 + length
+        self.position = position
 
 
 def read_header(file: MappedFile) -> Header:
@@ -239,11 +237,12 @@ def read_header(file: MappedFile) -> Header:
             f"version {version} is not supported (2 and 3 are): convert the model again with current tools"
         )
     tensor_count = reader.number("Q", "tensor count")
-    # The smallest description: an empty name, no dimensions. The smallest metadata: an empty key, a byte.
+    # The smallest description: an empty name, no dimensions. The smallest metadata: an empty key, one byte.
     metadata_count = reader.number("Q", "metadata count")
     counts = f"{tensor_count} tensors and {metadata_count} metadata values"
     reader.need(tensor_count * 24 + metadata_count * 13, counts)
-    reader.walk(tensor_count + metadata_count, counts)
+    if tensor_count > MAX_TENSORS or metadata_count > MAX_METADATA:
+        raise reader.error(f"{counts} make no sense: damaged; download it again")
 
     metadata = dict(_unique(reader, "metadata key", _metadata(reader, metadata_count)))
     alignment = _alignment(reader, metadata)

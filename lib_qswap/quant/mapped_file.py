@@ -37,7 +37,7 @@ class MappedFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+        self.path = os.fsdecode(path)
         try:
             if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a pipe would wait for its writer
                 raise GGUFError(f"{self.path}: not a regular file")

@@ -16,8 +16,8 @@ What an operation does with one:
   cut to fit. `cat` along dim 0 joins the bytes of equal formats.
 - `empty_like`, `new_zeros` and their kin, and questions about shape or dtype, need no bytes.
 - what would write into it raises: packed weights are immutable.
-- anything else, views such as `t()` included, unpacks to the logical dtype and computes with that plain
-  tensor.
+- anything else unpacks to the logical dtype and computes with that plain tensor. Views such as `t()` are
+  views of the unpacked copy.
 
 The same holds in `inference_mode`, where PyTorch dispatches composite operations (`aten.to.dtype_layout`,
 `aten.chunk`, `aten.linear` ...) whole instead of in parts.
@@ -119,7 +119,7 @@ class PackedTensor(torch.Tensor):
                 f"dequantize(out=...): a contiguous tensor of shape {tuple(self.shape)}"
                 f" and dtype {dtype or out.dtype} is needed, not {tuple(out.shape)} of {out.dtype}"
             )
-        if self.format.dtype is not None and arithmetic == "exact":
+        if self.format.dtype is not None:  # the bytes are the values, in either arithmetic
             return out.copy_(self.packed.view(-1).view(self.format.dtype).view(self.shape))
         how: dict[str, Any] = {"arithmetic": arithmetic, "computation_dtype": computation_dtype}
         if out.dtype in _UNPACKED_DTYPES:
@@ -207,7 +207,8 @@ class PackedTensor(torch.Tensor):
         if packed.untyped_storage().nbytes() != packed.nbytes:
             packed = packed.clone()  # part of an arena: pickle these bytes only
         is_parameter = isinstance(self, torch.nn.Parameter)
-        return _rebuild, (packed, self.format.name, tuple(self.shape), self.dtype, is_parameter)
+        values = (packed, self.format.name, tuple(self.shape), self.dtype, is_parameter)
+        return _rebuild, (type(self), *values)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
@@ -232,14 +233,19 @@ def _rows_of_blocks(packed: Tensor, format: Format, shape: torch.Size) -> Tensor
 
 
 def _rebuild(
-    packed: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, is_parameter: bool
+    cls: type[PackedTensor],
+    packed: Tensor,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    is_parameter: bool,
 ) -> PackedTensor:
-    tensor = PackedTensor(packed, FORMATS[name], shape, dtype)
+    tensor = cls(packed, FORMATS[name], shape, dtype)
     return cast(PackedTensor, torch.nn.Parameter(tensor, requires_grad=False)) if is_parameter else tensor
 
 
 if hasattr(torch.serialization, "add_safe_globals"):  # torch >= 2.4: for `torch.load(weights_only=True)`
-    torch.serialization.add_safe_globals([_rebuild])
+    torch.serialization.add_safe_globals([PackedTensor, _rebuild])
 
 
 # Operations that stay packed or need no bytes, by aten overload: see `packed_ops`.

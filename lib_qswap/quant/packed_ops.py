@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -226,17 +226,16 @@ def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
     first = tensors[0]
     if not isinstance(first, PackedTensor) or dim % first.dim() != 0:
         return NotImplemented
-    parts = [tensor for tensor in tensors if _joins(first, tensor)]
+    parts = [tensor for tensor in tensors if isinstance(tensor, PackedTensor) and _joins(first, tensor)]
     if len(parts) < len(tensors):
         return NotImplemented
     packed = torch.cat([part.packed.view(-1) for part in parts])
     return first._with(packed, (sum(part.shape[0] for part in parts), *first.shape[1:]))
 
 
-def _joins(first: PackedTensor, tensor: Tensor) -> TypeGuard[PackedTensor]:
+def _joins(first: PackedTensor, tensor: PackedTensor) -> bool:
     return (
-        isinstance(tensor, PackedTensor)
-        and tensor.format is first.format
+        tensor.format is first.format
         and tensor.dtype == first.dtype
         and tensor.device == first.device
         and tensor.shape[1:] == first.shape[1:]

@@ -1,0 +1,173 @@
+"""The report behind `qswap inspect FILE.gguf`: what is in a GGUF file, and what in it will make trouble."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from .gguf_file import GGUFFile, TensorInfo, open_gguf
+from .gguf_header import DEFAULT_ALIGNMENT
+
+# For one screen.
+_LARGEST_SHOWN = 5
+_METADATA_SHOWN = 12
+_PROBLEMS_SHOWN = 8
+_LINE_CHARACTERS = 100
+
+
+def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What is in a GGUF file, as plain data for JSON.
+
+    Keys: `path`, `file_bytes`, `version`; `metadata` (the `general.*` values and every other short one),
+    `metadata_count`; `tensor_count`, `parameters` (elements of all tensors), `packed_bytes` (of all tensors);
+    `types` (per GGML type: `type`, `tensors`, `parameters`, `bytes`, most bytes first); `tensors` (in the order of
+    the file: `name`, `type`, `shape` with rows first, `bytes`, `offset`); `problems` (sentences).
+
+    Raises GGUFError for a file that cannot be opened at all.
+    """
+    file = open_gguf(path)
+    return {
+        "path": file.path,
+        "file_bytes": file.file.size,
+        "version": file.version,
+        "metadata": {key: _plain(value) for key, value in file.metadata.items() if _is_short(value)},
+        "metadata_count": len(file.metadata),
+        "tensor_count": len(file.tensors),
+        "parameters": sum(_elements(info) for info in file.tensors),
+        "packed_bytes": sum(info.nbytes for info in file.tensors),
+        "types": _types(file),
+        "tensors": [
+            {
+                "name": info.name,
+                "type": info.format.name,
+                "shape": list(info.shape),
+                "bytes": info.nbytes,
+                "offset": info.offset,
+            }
+            for info in file.tensors
+        ],
+        "problems": list(_problems(file)),
+    }
+
+
+def _elements(info: TensorInfo) -> int:
+    return math.prod(info.shape)
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) or (isinstance(value, list) and len(value) <= 8)
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can say it: which knows neither infinities nor NaN."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _types(file: GGUFFile) -> list[dict[str, Any]]:
+    tensors: Counter[str] = Counter()
+    parameters: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    for info in file.tensors:
+        tensors[info.format.name] += 1
+        parameters[info.format.name] += _elements(info)
+        nbytes[info.format.name] += info.nbytes
+    return [
+        {"type": name, "tensors": tensors[name], "parameters": parameters[name], "bytes": total}
+        for name, total in nbytes.most_common()
+    ]
+
+
+def _problems(file: GGUFFile) -> Iterator[str]:
+    if not file.tensors:
+        yield "The file has no tensors: it is a vocabulary or metadata only, not a model."
+        return
+    if "general.architecture" not in file.metadata:
+        yield "general.architecture is missing: a host has to guess the model from the names of its tensors."
+    locked: dict[str, list[str]] = {}
+    for info in file.tensors:
+        if info.format.unpack is None and info.format.dtype is None:
+            locked.setdefault(info.format.name, []).append(info.name)
+    for name, names in locked.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"Tensor {names[0]}{more}: there is no known way to unpack {name}; take a file of another type."
+    unused = _unused_bytes(file)
+    if unused:
+        yield f"{unused} bytes of the data belong to no tensor: harmless, or the rest of a damaged download."
+
+
+def _unused_bytes(file: GGUFFile) -> int:
+    """Bytes between and after the tensors, but for the padding that each is entitled to."""
+    alignment = file.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    by_place = sorted(file.tensors, key=lambda info: info.offset)
+    starts = [info.offset for info in by_place[1:]] + [file.file.size]
+    gaps = (
+        start - (info.offset + info.nbytes + alignment - 1) // alignment * alignment
+        for info, start in zip(by_place, starts, strict=True)
+    )
+    return sum(gap for gap in gaps if gap > 0)
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report of `inspect_file` for one screen of a terminal."""
+    lines = [
+        report["path"],
+        f"  GGUF version {report['version']}, {_size(report['file_bytes'])},"
+        f" {report['tensor_count']} tensors, {_count(report['parameters'])} parameters",
+        "",
+    ]
+    metadata = [f"  {key} = {value}" for key, value in report["metadata"].items()]
+    lines += [_cut(line) for line in metadata[:_METADATA_SHOWN]]
+    hidden = report["metadata_count"] - min(len(metadata), _METADATA_SHOWN)
+    if hidden:
+        lines.append(f"  ... and {hidden} more metadata values")
+    lines += [
+        "",
+        f"  {'type':<10}{'tensors':>8}{'parameters':>12}{'size':>10}{'share':>8}{'bits/weight':>13}",
+    ]
+    for row in report["types"]:
+        share = row["bytes"] / report["packed_bytes"]
+        bits = 8 * row["bytes"] / row["parameters"]
+        lines.append(
+            f"  {row['type']:<10}{row['tensors']:>8}{_count(row['parameters']):>12}{_size(row['bytes']):>10}"
+            f"{share:>8.1%}{bits:>13.2f}"
+        )
+    largest = sorted(report["tensors"], key=lambda tensor: -tensor["bytes"])[:_LARGEST_SHOWN]
+    lines += ["", "  largest tensors"]
+    for tensor in largest:
+        shape = " x ".join(map(str, tensor["shape"])) or "scalar"
+        lines.append(
+            _cut(f"  {_size(tensor['bytes']):>10}  {tensor['type']:<8}  {tensor['name']}  ({shape})")
+        )
+    problems = report["problems"]
+    lines += ["", "  problems" if problems else "  no problems found"]
+    lines += [f"  - {problem}" for problem in problems[:_PROBLEMS_SHOWN]]
+    if len(problems) > _PROBLEMS_SHOWN:
+        lines.append(f"  - ... and {len(problems) - _PROBLEMS_SHOWN} more")
+    return "\n".join(lines)
+
+
+def _cut(line: str) -> str:
+    line = " ".join(line.splitlines())
+    return line if len(line) <= _LINE_CHARACTERS else line[: _LINE_CHARACTERS - 3] + "..."
+
+
+def _size(nbytes: int) -> str:
+    """Binary units, as file managers and GPU tools count."""
+    size, unit = float(nbytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _count(number: int) -> str:
+    for unit, scale in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return str(number)
