@@ -20,6 +20,7 @@ def forge():
 def settings(forge):
     module = forge.qswap("settings")
     module.register()
+    forge.qswap("notices").to_console("info")
     return module
 
 

@@ -1,13 +1,14 @@
-"""What QSwap has to say inside Forge: one `[QSwap]` line in the console, and the same line in the panel."""
+"""What QSwap has to say inside Forge: one `[QSwap]` line in the console, and the same line in the panel (the
+ledger's messages)."""
 
 from __future__ import annotations
 
-import collections
 import functools
-import threading
-import time
+import logging
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
+
+from lib_qswap.swap import ledger
 
 Level = Literal["error", "warning", "info", "debug"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "info", "debug")
@@ -15,35 +16,29 @@ LEVELS: tuple[Level, ...] = ("error", "warning", "info", "debug")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_KEPT = 50
-_lock = threading.Lock()
-_notices: collections.deque[dict[str, Any]] = collections.deque(maxlen=_KEPT)
 _said: set[str] = set()
-_console_level: Level = "info"
 
 
-def set_console_level(level: Level) -> None:
-    """Which notices reach the console; the panel has them all."""
-    global _console_level
-    _console_level = level
+class _Console(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"[QSwap] {record.getMessage()}", flush=True)
+
+
+def to_console(level: Level) -> None:
+    """Lets QSwap's log, from here and from the parts that do not know Forge, reach the console from `level` on.
+    The panel has it all."""
+    ledger.log.setLevel(level.upper())
+    if not any(type(handler).__qualname__ == _Console.__qualname__ for handler in ledger.log.handlers):
+        ledger.log.addHandler(_Console())
+        ledger.log.propagate = False
 
 
 def notice(text: str, level: Level = "info", *, once: bool = False) -> None:
     """Says one sentence. `once`: only the first time that this very sentence comes up since the start."""
-    with _lock:
-        if once and text in _said:
-            return
-        _said.add(text)
-        _notices.append({"t": time.time(), "level": level, "text": text})
-    if LEVELS.index(level) <= LEVELS.index(_console_level):
-        print(f"[QSwap] {text}", flush=True)
-
-
-def recent() -> list[dict[str, Any]]:
-    """The last notices, oldest first, as the snapshot's `messages`: `{"t": seconds since the epoch, "level",
-    "text"}`."""
-    with _lock:
-        return list(_notices)
+    if once and text in _said:
+        return
+    _said.add(text)
+    ledger.message(text, level)
 
 
 def fails_soft(fallback: R) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -56,7 +51,7 @@ def fails_soft(fallback: R) -> Callable[[Callable[P, R]], Callable[P, R]]:
             try:
                 return callback(*args, **kwargs)
             except Exception as error:
-                notice(f"{callback.__name__}: {type(error).__name__}: {error}", "error", once=True)
+                notice(f"{callback.__name__.strip('_')}: {type(error).__name__}: {error}", "error", once=True)
                 return fallback
 
         return guarded

@@ -151,7 +151,7 @@ def begin_generation(overrides: Mapping[str, Any]) -> Settings:
     global _held
     settings = current(overrides)
     _held = (_job(), settings)
-    notices.set_console_level(settings.log_level)
+    notices.to_console(settings.log_level)
     return settings
 
 
@@ -241,6 +241,8 @@ def _option_info(option: Option) -> Any:
     import gradio as gr
     from modules import shared
 
+    component: Any
+    arguments: dict[str, Any]
     if isinstance(option.default, bool):
         component, arguments = gr.Checkbox, {}
     elif option.choices:

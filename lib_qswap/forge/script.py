@@ -1,0 +1,97 @@
+"""QSwap's place in the page: the accordion below the prompt, and the callbacks that Forge runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from modules import script_callbacks, scripts, shared
+
+from . import controls, extension, grid, notices, settings
+
+
+def register() -> None:
+    """Called by `scripts/qswap.py` whenever Forge (re)loads its scripts."""
+    notices.to_console(settings.current().log_level)
+    script_callbacks.on_ui_settings(notices.fails_soft(None)(settings.register))
+    script_callbacks.on_after_component(controls.watch_component)
+    script_callbacks.on_before_ui(grid.add_axes)
+    script_callbacks.on_app_started(_add_panel_routes)
+    script_callbacks.on_model_loaded(_attach_engine)
+    script_callbacks.on_script_unloaded(notices.fails_soft(None)(extension.stop))
+    extension.start()
+
+
+class QSwapScript(scripts.Script):
+    """Always there, in txt2img and img2img; has no arguments of its own, so that API requests stay as they
+    are."""
+
+    def title(self) -> str:
+        return "QSwap"
+
+    def show(self, is_img2img: bool) -> object:
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        with gr.Accordion("QSwap memory", open=False, elem_id=self.elem_id("accordion")):
+            gr.HTML(_panel_html(self.elem_id("panel")), elem_id=self.elem_id("mount"))
+        return []
+
+    @notices.fails_soft(None)
+    def before_process(self, p: Any, *args: Any) -> None:
+        extension.begin_generation(p)
+
+    @notices.fails_soft(None)
+    def process(self, p: Any, *args: Any) -> None:
+        if not extension.applied() or not _has_quantized_weights(p.sd_model):
+            return
+        chosen = settings.in_effect()
+        if chosen.arithmetic == "exact":
+            p.extra_generation_params["QSwap arithmetic"] = chosen.arithmetic
+        if chosen.compute_dtype != "Auto":
+            p.extra_generation_params["QSwap compute dtype"] = chosen.compute_dtype
+
+
+@notices.fails_soft("")
+def _panel_html(element_id: str) -> str:
+    from lib_qswap.panel.page import mount_html
+
+    subpath = (getattr(shared.cmd_opts, "subpath", None) or "").strip("/")
+    return mount_html(element_id, base=f"/{subpath}" if subpath else "", hz=settings.current().panel_hz)
+
+
+@notices.fails_soft(None)
+def _add_panel_routes(_demo: Any, app: Any) -> None:
+    from lib_qswap.panel.routes import add_routes
+
+    from .login import login_dependencies
+    from .panel_host import ForgePanelHost
+
+    dependencies = login_dependencies(app, api_auth=getattr(shared.cmd_opts, "api_auth", None))
+    add_routes(app, ForgePanelHost(), dependencies=dependencies)
+
+
+@notices.fails_soft(None)
+def _attach_engine(engine: Any) -> None:
+    if extension.applied():
+        from . import memory
+
+        memory.attach_engine(engine)
+
+
+def _has_quantized_weights(engine: Any) -> bool:
+    """Whether the image depends on how quantized weights are unpacked. Tensors that a .gguf file holds in
+    full precision do not count."""
+    from lib_qswap.quant.packed import PackedTensor
+
+    objects = getattr(engine, "forge_objects", None)
+    patchers = [
+        getattr(getattr(objects, name, None), "patcher", getattr(objects, name, None))
+        for name in ("unet", "clip")
+    ]
+    return any(
+        isinstance(weight, PackedTensor) and weight.format.dtype is None
+        for patcher in patchers
+        if patcher is not None
+        for weight in patcher.model.parameters()
+    )
