@@ -11,6 +11,8 @@ from typing import Any
 from .gguf_file import GGUFFile, TensorInfo, open_gguf
 from .gguf_header import DEFAULT_ALIGNMENT
 
+_VALUE_CHARACTERS = 200
+
 # For one screen.
 _LARGEST_SHOWN = 5
 _METADATA_SHOWN = 12
@@ -21,10 +23,10 @@ _LINE_CHARACTERS = 100
 def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What is in a GGUF file, as plain data for JSON.
 
-    Keys: `path`, `file_bytes`, `version`; `metadata` (the `general.*` values and every other short one),
-    `metadata_count`; `tensor_count`, `parameters` (elements of all tensors), `packed_bytes` (of all tensors);
-    `types` (per GGML type: `type`, `tensors`, `parameters`, `bytes`, most bytes first); `tensors` (in the order of
-    the file: `name`, `type`, `shape` with rows first, `bytes`, `offset`); `problems` (sentences).
+    Keys: `path`, `file_bytes`, `version`; `metadata` (the short values), `metadata_count` (of all);
+    `tensor_count`, `parameters` (elements of all tensors), `packed_bytes` (of all tensors); `types` (for each
+    GGML type `type`, `tensors`, `parameters`, `bytes`; most bytes first); `tensors` (in the order of the file
+    `name`, `type`, `shape` with rows first, `bytes`, `offset`); `problems` (sentences).
 
     Raises GGUFError for a file that cannot be opened at all.
     """
@@ -58,7 +60,9 @@ def _elements(info: TensorInfo) -> int:
 
 
 def _is_short(value: Any) -> bool:
-    return isinstance(value, (str, int, float)) or (isinstance(value, list) and len(value) <= 8)
+    if isinstance(value, (str, list)):
+        return len(str(value)) <= _VALUE_CHARACTERS
+    return isinstance(value, (int, float))
 
 
 def _plain(value: Any) -> Any:

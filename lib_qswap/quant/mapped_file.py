@@ -65,6 +65,9 @@ class MappedFile:
             raise GGUFError(
                 f"{self.path}: the model file is gone ({error.strerror}): load the model again"
             ) from error
+        self._compare(status)
+
+    def _compare(self, status: os.stat_result) -> None:
         for what, now, then in (
             ("size", status.st_size, self.size),
             ("modification time", status.st_mtime_ns, self.mtime_ns),
@@ -100,10 +103,9 @@ class MappedFile:
         # Windows: no positioned read, so that each thread needs a file position of its own.
         handle = getattr(self._handles, "file", None)
         if handle is None:
-            handle = self._handles.file = open(self.path, "rb", buffering=0)  # noqa: SIM115
-            status = os.fstat(handle.fileno())
-            if (status.st_size, status.st_ino) != (self.size, self.inode):
-                self.check_unchanged()
+            handle = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed with its thread)
+            self._compare(os.fstat(handle.fileno()))
+            self._handles.file = handle
         handle.seek(offset)
         return handle.readinto(buffer)
 
