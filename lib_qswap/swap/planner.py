@@ -20,22 +20,25 @@ from .step_model import Fetch, LayerCost, Streaming, bound_step, predict_step
 __all__ = ["LayerCost", "Plan", "bound_step", "make_plan", "predict_step", "spread"]
 
 TINY_LAYER_BYTES = 1_000_000
+TINY_SHARE = 0.5  # of the room for residents, at most
 
-# Rings that are tried, in largest swapped layers; 3.5 to 4 is where a larger one stops to pay for most
-# models.
-RING_SIZES = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 6.0)
+# Rings that are tried, in largest swapped layers. Past 3.5 to 4 a larger one seldom pays; much larger ones
+# help where a small budget leaves a long stretch of a model short of bandwidth.
+RING_SIZES = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 6.0, 9.0, 14.0, 20.0)
 
 # Layer sizes above which nothing is swapped, tried from the largest down: with a budget near the model's
 # size, a ring for small layers leaves more room than it costs.
 SIZE_LIMITS_TRIED = 6
 
-# The exchanges that are tried cost about this many simulated layers (a microsecond each), whatever the
-# model's length.
-SEARCH_EFFORT = 90_000
-EXCHANGES_MOST, EXCHANGES_LEAST = 400, 60
-GOOD_ENOUGH = 1.0005  # of the bound
+# The changes that are tried cost about this many simulated layers each (microseconds), whatever the model's
+# length.
+SEARCH_EFFORT = 12_000
+EXCHANGES_LEAST, EXCHANGES_MOST = 30, 2000
+GOOD_ENOUGH = 1.0005  # of what no plan for the budget can be below
+HEAT = 0.001  # how much slower than the current set one may be, at first
+REACH = 5  # how many fetches before a wait the cause is looked for
 SEARCH_STEPS = 2
-BISECTIONS = 16
+BISECTIONS = 12
 
 
 class Plan(NamedTuple):
@@ -62,7 +65,7 @@ def spread(weights: Sequence[float], share: float) -> list[bool]:
     owed = 0.0
     for weight in weights:
         owed += weight * share
-        take = owed > 0 and owed >= weight / 2
+        take = share > 0 and owed >= weight / 2
         chosen.append(take)
         if take:
             owed -= weight
@@ -126,6 +129,10 @@ class _Candidate(NamedTuple):
     swapped: list[bool]
 
 
+def _step_s(candidate: _Candidate) -> float:
+    return candidate.step_s
+
+
 class _Planner:
     """The search for one budget that not everything fits into."""
 
@@ -139,8 +146,7 @@ class _Planner:
 
     def plan(self) -> tuple[list[bool], int]:
         """Which layers are swapped, and the ring's bytes."""
-        best = min(self._candidates(), key=lambda candidate: candidate.step_s)
-        best = self._exchange(best)
+        best = self._improve(min(self._candidates(), key=_step_s))
         return best.swapped, best.ring_bytes
 
     def _candidates(self) -> Iterator[_Candidate]:
@@ -154,7 +160,7 @@ class _Planner:
                 possible_s = max(self.streaming.total_compute_s, must_move / self.streaming.link_bytes_per_s)
                 if room < 0 or ring < limit or possible_s >= best_s:
                     continue
-                for keep_idle in (False, True):
+                for keep_idle in (True, False):
                     swapped = self._diffuse(limit, room, keep_idle)
                     if swapped is not None:
                         step_s = self.streaming.step_s(swapped, ring, SEARCH_STEPS)
@@ -178,19 +184,22 @@ class _Planner:
         room -= sum(size for size, keep in zip(nbytes, kept, strict=True) if keep)
         if room < 0:
             return None
-        tiny = (i for i, size in enumerate(nbytes) if not kept[i] and size < TINY_LAYER_BYTES)
-        for i in sorted(tiny, key=nbytes.__getitem__):
-            if nbytes[i] <= room:
-                kept[i] = True
-                room -= nbytes[i]
+        tiny = [i for i, keep in enumerate(kept) if not keep and nbytes[i] < TINY_LAYER_BYTES]
+        if (
+            sum(nbytes[i] for i in tiny) <= room * TINY_SHARE
+        ):  # else they are the model, and spread as any others
+            room -= self._keep(tiny, kept)
         if keep_idle:
-            first = [i for i, keep in enumerate(kept) if not keep and compute_s[i] == 0]
-            if not first or sum(nbytes[i] for i in first) > room:
+            idle = [i for i, keep in enumerate(kept) if not keep and compute_s[i] == 0]
+            if not idle or sum(nbytes[i] for i in idle) > room:
                 return None
-            for i in first:
-                kept[i] = True
-                room -= nbytes[i]
+            room -= self._keep(idle, kept)
         return self._track_line(kept, room)
+
+    def _keep(self, layers: list[int], kept: list[bool]) -> int:
+        for i in layers:
+            kept[i] = True
+        return sum(self.nbytes[i] for i in layers)
 
     def _track_line(self, kept: list[bool], room: int) -> list[bool]:
         """Swapped layers, besides those kept, whose bytes follow a straight line over compute time.
@@ -238,43 +247,55 @@ class _Planner:
                 left -= nbytes[i]
         return swapped
 
-    def _exchange(self, best: _Candidate) -> _Candidate:
-        """Exchanges a swapped layer where compute waits for a resident one where the link waits, while that
-        helps."""
+    def _improve(self, best: _Candidate) -> _Candidate:
+        """Exchanges swapped layers near where compute waits for residents near where the link waits.
+
+        Threshold accepting: early on a slightly slower set may become the current one, a way out of dead ends.
+        """
         count = min(max(SEARCH_EFFORT // max(len(self.nbytes), 1), EXCHANGES_LEAST), EXCHANGES_MOST)
-        streaming, ring = self.streaming, best.ring_bytes
-        bound = streaming.bound_s(best.swapped)
+        current = best
+        must_move = self.total_bytes - self.budget_bytes
+        least_s = max(self.streaming.total_compute_s, must_move / self.streaming.link_bytes_per_s)
         fetches: list[Fetch] = []
-        for _ in range(count):
-            if best.step_s <= bound * GOOD_ENOUGH:
+        for tries_left in range(count, 0, -1):
+            if best.step_s <= least_s * GOOD_ENOUGH:
                 break
             if not fetches:
-                fetches = streaming.fetches(best.swapped, ring)
-            tried = self._exchanged(best, fetches)
+                fetches = self.streaming.fetches(current.swapped, current.ring_bytes)
+            tried = self._neighbour(current.swapped, fetches)
             if tried is None:
                 continue
-            step_s = streaming.step_s(tried, ring, SEARCH_STEPS)
-            if step_s < best.step_s:
-                best, fetches = _Candidate(step_s, ring, tried), []
-                bound = streaming.bound_s(tried)
+            threshold = current.step_s * (1 + HEAT * tries_left / count)
+            if tried.step_s <= threshold:
+                current, fetches = tried, []
+                best = min(best, current, key=_step_s)
         return best
 
-    def _exchanged(self, best: _Candidate, fetches: list[Fetch]) -> list[bool] | None:
-        """One random exchange, likelier where the waits are; None where it breaks the budget."""
+    def _neighbour(self, swapped: list[bool], fetches: list[Fetch]) -> _Candidate | None:
+        """A random change of what is swapped, likelier where the waits are; None if it breaks the budget."""
         pick = self.random
-        stalled = pick.choices(range(len(fetches)), [f.stall_s + 1e-9 for f in fetches])[0]
-        blocked = pick.choices(range(len(fetches)), [f.blocked_s + 1e-9 for f in fetches])[0]
-        relieved = fetches[(stalled - pick.randrange(5)) % len(fetches)].index
-        near = fetches[(blocked - pick.randrange(5)) % len(fetches)].index
-        added = None
-        for distance in range(1, len(best.swapped)):
-            i = (near - distance) % len(best.swapped)
-            if not best.swapped[i] and 0 < self.nbytes[i] <= best.ring_bytes and pick.random() < 0.4:
-                added = i
-                break
-        swapped = list(best.swapped)
-        swapped[relieved] = False
-        if added is not None:
-            swapped[added] = True
+        swapped = list(swapped)
+        kind = pick.random()
+        if kind < 0.8:
+            k = pick.choices(range(len(fetches)), [fetch.stall_s + 1e-9 for fetch in fetches])[0]
+            swapped[fetches[(k - pick.randrange(REACH)) % len(fetches)].index] = False
+        if kind > 0.1:
+            k = pick.choices(range(len(fetches)), [fetch.blocked_s + 1e-9 for fetch in fetches])[0]
+            i = fetches[(k - pick.randrange(REACH)) % len(fetches)].index
+            for _ in swapped:
+                i -= 1  # backwards in the cycle: a negative index counts from the end
+                if not swapped[i] and self.nbytes[i] and pick.random() < 0.4:
+                    swapped[i] = True
+                    break
+        return self._candidate(swapped)
+
+    def _candidate(self, swapped: list[bool]) -> _Candidate | None:
+        """These layers swapped, the ring what residents leave of the budget; None where it is too little."""
         resident = sum(size for size, fetched in zip(self.nbytes, swapped, strict=True) if not fetched)
-        return swapped if resident + best.ring_bytes <= self.budget_bytes else None
+        largest = max(
+            (size for size, fetched in zip(self.nbytes, swapped, strict=True) if fetched), default=0
+        )
+        ring = self.fixed_ring_bytes or self.budget_bytes - resident
+        if not largest or ring < largest or resident + ring > self.budget_bytes:
+            return None
+        return _Candidate(self.streaming.step_s(swapped, ring, SEARCH_STEPS), ring, swapped)

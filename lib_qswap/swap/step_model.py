@@ -106,8 +106,10 @@ class Streaming:
                 freed.append(computed)
             computed += after_s
         mean = (computed - warm_end) / averaged_steps
-        # Prefetched before the averaged steps began, a ring's worth may be missing from them.
-        return max(mean, self.total_compute_s, sum(copy_s)), waits
+        # A ring's worth may have been fetched before the averaged steps began and be missing. And rounding errors
+        # are not to decide between plans that keep one engine busy all the time.
+        bound = max(self.total_compute_s, sum(copy_s))
+        return (mean if mean > bound * (1 + 1e-9) else bound), waits
 
     def _gaps(self, swapped: Sequence[bool]) -> tuple[list[int], list[float], float]:
         """Swapped layers, the compute of residents before each of them, and after the last of them."""
