@@ -1,0 +1,123 @@
+"""How Forge's layers get their weights: from a lease of the swap engine, unpacked on the compute stream."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.swap.execute import gather_rows, weight_for
+from lib_qswap.swap.streamer import Lease, ResidentLease
+
+from . import loading, memory
+from .patches import Patch
+
+
+def patches() -> list[Patch]:
+    from backend import operations
+    from backend.patcher import controlnet
+
+    return [
+        # The ControlNet module has imported these two by name.
+        Patch(operations, "weights_manual_cast", _weights_manual_cast),
+        Patch(controlnet, "weights_manual_cast", _weights_manual_cast),
+        Patch(operations, "main_stream_worker", _main_stream_worker),
+        Patch(controlnet, "main_stream_worker", _main_stream_worker),
+        Patch(operations.ForgeOperationsGGUF.Linear, "forward", _gguf_linear),
+        Patch(operations.ForgeOperations.Embedding, "forward", _embedding),
+    ]
+
+
+def _weights_manual_cast(
+    original: Any,
+    layer: torch.nn.Module,
+    x: torch.Tensor,
+    skip_weight_dtype: bool = False,
+    skip_bias_dtype: bool = False,
+    weight_fn: Any = None,
+    bias_fn: Any = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
+    managed = memory.managed_layer(layer, x.device)
+    if managed is None:
+        if not isinstance(layer.weight, PackedTensor) or skip_weight_dtype:
+            return original(layer, x, skip_weight_dtype, skip_bias_dtype, weight_fn, bias_fn)
+        # Too small to be swapped, or computed on the CPU: the weight is where it is needed, only packed.
+        weight = loading.dequantize(layer.weight.to(x.device), x.dtype)
+        bias = layer.bias
+        return _with_lora(layer, "weight", weight), _with_lora(layer, "bias", _cast(bias, x)), None
+    attachment, swapped = managed
+    lease = attachment.acquire(swapped)
+    try:
+        weight = lease.parts["weight"]
+        master = weight
+        if not skip_weight_dtype:
+            weight = weight_for(
+                weight,
+                x.dtype,
+                attachment.state.scratch,
+                arithmetic=attachment.arithmetic,
+                computation_dtype=weight.dtype,
+            )
+        scale = lease.parts.get("scale_weight")
+        if scale is not None:
+            weight = weight * scale.to(weight.dtype)
+        weight = _with_lora(layer, "weight", weight, master)
+        bias = lease.parts.get("bias")
+        if bias is not None and not (skip_bias_dtype and weight_fn is None):
+            bias = _cast(bias, x)
+        return weight, _with_lora(layer, "bias", bias, lease.parts.get("bias")), lease
+    except BaseException:
+        lease.release()
+        raise
+
+
+def _cast(tensor: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    if isinstance(tensor, PackedTensor):
+        return loading.dequantize(tensor.to(x.device), x.dtype)
+    return None if tensor is None else tensor.to(device=x.device, dtype=x.dtype)
+
+
+def _with_lora(
+    layer: torch.nn.Module, name: str, tensor: torch.Tensor | None, master: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """`tensor` with the LoRAs that Forge has put on this layer; never written into `master`."""
+    patches = getattr(layer, "forge_online_loras", {}).get(name)
+    if patches is None or tensor is None:
+        return tensor
+    from backend.patcher.lora import merge_lora_to_weight
+
+    if tensor is master:
+        tensor = tensor.clone()
+    return merge_lora_to_weight(
+        patches=patches, weight=tensor, key=f"online {name} lora", computation_dtype=tensor.dtype
+    )
+
+
+@contextlib.contextmanager
+def _main_stream_worker(original: Any, weight: Any, bias: Any, signal: Any) -> Iterator[None]:
+    if isinstance(signal, (Lease, ResidentLease)):
+        try:
+            yield
+        finally:
+            signal.release()
+    else:
+        with original(weight, bias, signal):
+            yield
+
+
+def _gguf_linear(original: Any, self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """As Forge's, which also puts new parameters into the module while it computes: here parameters stay what
+    they are."""
+    from backend import operations
+
+    weight, bias, signal = operations.weights_manual_cast(self, x)
+    with operations.main_stream_worker(weight, bias, signal):
+        return torch.nn.functional.linear(x, weight, bias)
+
+
+def _embedding(original: Any, self: torch.nn.Embedding, x: torch.Tensor) -> torch.Tensor:
+    dtype = memory.gathered_dtype(self)
+    return original(self, x) if dtype is None else gather_rows(self.weight, x, dtype)

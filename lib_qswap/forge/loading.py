@@ -1,0 +1,146 @@
+"""From a .gguf file to Forge's modules: packed weights in the place of Forge's ParameterGGUF.
+
+Forge's own reader copies every tensor, knows eleven types and fails with newer files; here the file is
+mapped, and whatever `import gguf` finds inside Forge does not matter.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from lib_qswap.quant.gguf_file import open_gguf
+from lib_qswap.quant.packed import PackedTensor
+
+from . import notices, settings
+from .patches import Patch
+
+
+def patches() -> list[Patch]:
+    from backend import memory_management, operations, utils
+
+    # Modules that import a function by name have it under a name of their own.
+    importers = [
+        module
+        for module in list(sys.modules.values())
+        if vars(module).get("load_torch_file") is utils.load_torch_file
+    ]
+    return [
+        *(Patch(module, "load_torch_file", _load_torch_file) for module in importers),
+        Patch(operations.ForgeOperationsGGUF.Linear, "_load_from_state_dict", _load_linear),
+        Patch(memory_management, "unet_inital_load_device", _load_to_cpu),
+        Patch(memory_management, "get_computation_dtype", _computation_dtype),
+    ]
+
+
+class GGMLClass:
+    """What Forge reads as `gguf_cls` off a quantized parameter."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
+
+    def bake(self, _parameter: torch.Tensor) -> None:
+        """Nothing: the bytes stay as they are in the file."""
+
+    def dequantize_pytorch(self, parameter: PackedTensor) -> torch.Tensor:
+        return dequantize(parameter, parameter.dtype)
+
+    def quantize_pytorch(self, _weight: torch.Tensor, _parameter: torch.Tensor) -> None:
+        raise NotImplementedError(
+            f"QSwap does not write to packed weights ({self.__name__}): LoRAs are applied on the fly"
+        )
+
+
+class ForgePackedTensor(PackedTensor):
+    """A packed weight with the attributes that Forge reads off its own ParameterGGUF."""
+
+    baked = True
+
+    @property
+    def gguf_cls(self) -> GGMLClass | None:
+        """None for what the file holds in full precision, as in Forge."""
+        return None if self.format.dtype is not None else GGMLClass(self.format.name)
+
+    @property
+    def real_shape(self) -> torch.Size:
+        return self.shape
+
+    @property
+    def computation_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    def dequantize_as_pytorch_parameter(self) -> torch.nn.Parameter:
+        return torch.nn.Parameter(dequantize(self, self.dtype), requires_grad=False)
+
+
+def dequantize(weight: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """`weight` unpacked with the arithmetic that the user chose; its logical dtype is what Forge's order of
+    operations computes in."""
+    return weight.dequantize(
+        dtype, arithmetic=settings.in_effect().arithmetic, computation_dtype=weight.dtype
+    )
+
+
+def _load_torch_file(original: Any, ckpt: str, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    if not str(ckpt).lower().endswith(".gguf"):
+        return original(ckpt, *args, **kwargs)
+    weights: dict[str, torch.Tensor] = {}
+    for name, packed in open_gguf(ckpt).items():
+        weights[name] = _parameter(packed)
+    return weights
+
+
+def _parameter(packed: PackedTensor) -> torch.nn.Parameter:
+    if packed.format.dtype is not None and packed.source is not None and not _is_large(packed):
+        parameter = torch.nn.Parameter(packed.dequantize(), requires_grad=False)
+        parameter.gguf_cls = None  # type: ignore[attr-defined]  # Forge takes the file for a GGUF by this.
+        parameter.dequantize_as_pytorch_parameter = lambda: parameter  # type: ignore[attr-defined]
+        return parameter
+    dtype = packed.dtype if packed.format.dtype is not None else torch.float16
+    return torch.nn.Parameter(
+        ForgePackedTensor(packed.packed, packed.format, packed.shape, dtype, packed.source),
+        requires_grad=False,
+    )
+
+
+def _is_large(packed: PackedTensor) -> bool:
+    return packed.packed_nbytes >= 1 << 20
+
+
+def _load_linear(original: Any, self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    if not hasattr(self, "dummy"):
+        original(self, state_dict, prefix, *args)
+        return
+    # As Forge: unpacking to fp32 would be computed in fp16.
+    dtype = self.dummy.dtype if self.dummy.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    for name in ("weight", "bias"):
+        tensor = state_dict.get(prefix + name)
+        if isinstance(tensor, PackedTensor) and tensor.format.dtype is None:
+            tensor = torch.nn.Parameter(tensor.with_dtype(dtype), requires_grad=False)
+        if tensor is not None:
+            setattr(self, name, tensor)
+    del self.dummy
+
+
+def _load_to_cpu(_original: Any, *_args: Any, **_kwargs: Any) -> torch.device:
+    """Masters live on the host, whatever room the device has at the moment of loading."""
+    return torch.device("cpu")
+
+
+def _computation_dtype(
+    original: Any, inference_device: torch.device, *args: Any, **kwargs: Any
+) -> torch.dtype:
+    chosen = original(inference_device, *args, **kwargs)
+    asked = settings.in_effect().compute_dtype
+    if asked != "Auto":
+        return torch.float16 if asked == "fp16" else torch.bfloat16
+    if chosen == torch.bfloat16 and inference_device.type == "cuda" and not _computes_bf16(inference_device):
+        notices.notice("this GPU does not compute in bf16: using fp16", once=True)
+        return torch.float16
+    return chosen
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,476 @@
+"""Forge's memory manager, with masters that never move and residency that follows the free memory.
+
+The rule, at every `load_models_gpu`, also for models that are loaded already: what the images of this pass
+need stays free, other models give up residents before any model is dropped, and the weights get the rest. A
+model without packed weights that fits whole is left to Forge's own path.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.swap import ledger
+from lib_qswap.swap.device import device_of
+from lib_qswap.swap.layer import Layer
+from lib_qswap.swap.manager import Attachment, state_of
+
+from . import controls, settings
+from .patches import Patch
+
+MARGIN_BYTES = 64 << 20
+"""Left free beyond what a pass asks for: Forge batches cond and uncond only where *more* than the need is
+free."""
+
+REGROW_BYTES = 64 << 20
+"""A budget that grew by less does not make residents move."""
+
+_attachments: weakref.WeakKeyDictionary[torch.nn.Module, Attachment] = weakref.WeakKeyDictionary()
+_layers: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Attachment, Layer]] = weakref.WeakKeyDictionary()
+_gathered: weakref.WeakKeyDictionary[torch.nn.Module, torch.dtype] = weakref.WeakKeyDictionary()
+
+
+def patches() -> list[Patch]:
+    from backend import memory_management as mm
+
+    return [
+        Patch(mm, "module_size", _module_size),
+        Patch(mm.LoadedModel, "model_load", _model_load),
+        Patch(mm.LoadedModel, "model_unload", _model_unload),
+        Patch(mm, "free_memory", _free_memory),
+        Patch(mm, "load_models_gpu", _load_models_gpu),
+    ]
+
+
+# -------------------------------------------------------------------------------------------- what is managed
+def attachment_of(model: torch.nn.Module) -> Attachment | None:
+    return _attachments.get(model)
+
+
+def managed_layer(module: torch.nn.Module, device: torch.device) -> tuple[Attachment, Layer] | None:
+    """Who serves the weights of `module` on `device`; None: Forge does."""
+    found = _layers.get(module)
+    return found if found is not None and found[0].active and found[0].device.device == device else None
+
+
+def gathered_dtype(module: torch.nn.Module) -> torch.dtype | None:
+    """The dtype that a gathered embedding's rows are wanted in; None: it is not gathered."""
+    return _gathered.get(module)
+
+
+def has_packed_weights(model: torch.nn.Module) -> bool:
+    return any(isinstance(parameter, PackedTensor) for parameter in model.parameters())
+
+
+def _is_bnb(model: torch.nn.Module) -> bool:
+    return any(hasattr(parameter, "bnb_quantized") for parameter in model.parameters())
+
+
+def attach_engine(engine: Any) -> None:
+    """A checkpoint was loaded: its packed models come under care at once, so that the page shows them before
+    they run."""
+    for patcher in _patchers(engine):
+        if patcher.load_device.type != "cpu" and has_packed_weights(patcher.model):
+            _attachment_for(patcher)
+
+
+def _patchers(engine: Any) -> Iterable[Any]:
+    objects = getattr(engine, "forge_objects", None)
+    for name in ("clip", "unet", "vae"):
+        found = getattr(objects, name, None)
+        if found is not None:
+            yield getattr(found, "patcher", found)
+
+
+def _attachment_for(patcher: Any) -> Attachment:
+    model = patcher.model
+    attachment = _attachments.get(model)
+    chosen = settings.in_effect()
+    if attachment is None:
+        attachment = Attachment(
+            model,
+            device_of(patcher.load_device),
+            name=type(model).__name__,
+            location=chosen.location,
+            pin_budget_bytes=chosen.pin_budget_bytes,
+            ring_bytes=chosen.ring_bytes,
+            arithmetic=chosen.arithmetic,
+            compute_dtype=_compute_dtype(model),
+            can_swap=_can_swap,
+            roots=_roots(model),
+        )
+        _attachments[model] = attachment
+        for layer in attachment.layers:
+            module = layer.module()
+            if module is not None:
+                _layers[module] = (attachment, layer)
+        for reference in attachment.gathered:
+            module = reference()
+            if module is not None:
+                _keep_on_host(module)
+    attachment.configure(
+        location=chosen.location,
+        pin_budget_bytes=chosen.pin_budget_bytes,
+        ring_bytes=chosen.ring_bytes,
+        arithmetic=chosen.arithmetic,
+    )
+    return attachment
+
+
+def _compute_dtype(model: torch.nn.Module) -> torch.dtype | None:
+    """What its layers are computed in: the widest for text encoders, whose engines feed them fp32."""
+    announced = getattr(model, "computation_dtype", None)
+    if isinstance(announced, torch.dtype):
+        return announced
+    return torch.float32 if has_packed_weights(model) else None
+
+
+def _can_swap(module: torch.nn.Module) -> bool:
+    return hasattr(module, "parameters_manual_cast") and getattr(module, "weight", None) is not None
+
+
+def _roots(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules whose forward is one pass over the weights."""
+    network = getattr(model, "diffusion_model", None)
+    if network is not None:
+        return [network]
+    halves = [getattr(model, name) for name in ("encoder", "decoder") if hasattr(model, name)]
+    if halves:
+        return halves
+    # A text encoder is a dictionary of encoders, each a wrapper around the network that is called.
+    return [getattr(child, "transformer", child) for child in model.children()] or [model]
+
+
+def _keep_on_host(module: torch.nn.Module) -> None:
+    """The embedding stays where it is when Forge moves it; only the dtype that it asks for is noted, for the
+    rows."""
+    reference = weakref.ref(module)
+    _gathered[module] = module.weight.dtype
+
+    def note_dtype(function: Any, recurse: bool = True) -> torch.nn.Module:
+        embedding = reference()
+        assert embedding is not None
+        _gathered[embedding] = function(torch.empty(0, dtype=_gathered[embedding])).dtype
+        return embedding
+
+    module.__dict__["_apply"] = note_dtype
+
+
+def release_all() -> None:
+    """Gives every model back as Forge made it (still packed where it was); for switching off."""
+    for model, attachment in list(_attachments.items()):
+        _set_manual_cast(attachment, managed=False)
+        attachment.detach()
+        for reference in attachment.gathered:
+            module = reference()
+            if module is not None:
+                module.__dict__.pop("_apply", None)
+                _gathered.pop(module, None)
+        for layer in attachment.layers:
+            module = layer.module()
+            if module is not None:
+                _layers.pop(module, None)
+        del _attachments[model]
+
+
+# -------------------------------------------------------------------------------------------- load and unload
+def _load_managed(loaded: Any, budget_bytes: int | None) -> torch.nn.Module:
+    """As LoadedModel.model_load, for a model whose weights QSwap serves.
+
+    Raises:
+        what attaching or a LoRA raised; the model is then as it was before, and nothing of it is on the
+        device.
+    """
+    patcher = loaded.model
+    patcher.model_patches_to(loaded.device)
+    patcher.model_patches_to(patcher.model_dtype())
+    attachment = None
+    try:
+        loaded.real_model = patcher.forge_patch_model(None)
+        patcher.current_device = patcher.load_device
+        attachment = _attachment_for(patcher)
+        patcher.refresh_loras()
+        _set_manual_cast(attachment, managed=True)
+        attachment.rebalance(budget_bytes)
+        if not hasattr(patcher.model, "diffusion_model"):
+            attachment.begin_run(1)  # Encoders run once: nothing is fetched for a second time.
+    except BaseException:
+        if attachment is not None:
+            attachment.unload()
+            _set_manual_cast(attachment, managed=False)
+        patcher.forge_unpatch_model()
+        patcher.current_device = patcher.offload_device
+        raise
+    patcher.model.gguf_baked = True
+    ledger.note_unmanaged(attachment.name, None)
+    return loaded.real_model
+
+
+def _set_manual_cast(attachment: Attachment, *, managed: bool) -> None:
+    """Forge's layers ask for their weights through weights_manual_cast only if this flag is set."""
+    for layer in attachment.layers:
+        module = layer.module()
+        if module is None:
+            continue
+        if managed and "prev_parameters_manual_cast" not in module.__dict__:
+            module.prev_parameters_manual_cast = module.parameters_manual_cast
+            module.parameters_manual_cast = True
+        elif not managed and "prev_parameters_manual_cast" in module.__dict__:
+            module.parameters_manual_cast = module.prev_parameters_manual_cast
+            del module.prev_parameters_manual_cast
+
+
+def _model_load(original: Any, self: Any, model_gpu_memory_when_using_cpu_swap: int = -1) -> torch.nn.Module:
+    if not _wants_care(self.model):
+        return original(self, model_gpu_memory_when_using_cpu_swap)
+    budget = model_gpu_memory_when_using_cpu_swap
+    return _load_managed(self, None if budget < 0 else budget)
+
+
+def _wants_care(patcher: Any) -> bool:
+    """Whether QSwap serves this model whether or not it fits."""
+    if patcher.load_device.type == "cpu" or _is_bnb(patcher.model):
+        return False
+    return patcher.model in _attachments or has_packed_weights(patcher.model)
+
+
+def _model_unload(original: Any, self: Any, avoid_model_moving: bool = False) -> None:
+    attachment = _attachments.get(self.model.model)
+    if attachment is None:
+        original(self, avoid_model_moving)
+        return
+    if not avoid_model_moving:
+        attachment.unload()
+        _set_manual_cast(attachment, managed=False)
+        self.model.model_patches_to(self.model.offload_device)
+        self.model.current_device = self.model.offload_device
+    self.model.forge_unpatch_model()
+
+
+def _module_size(
+    _original: Any,
+    module: torch.nn.Module,
+    exclude_device: torch.device | None = None,
+    include_device: torch.device | None = None,
+    return_split: bool = False,
+) -> Any:
+    total = weight = 0.0
+    for name, parameter in module.named_parameters():
+        if parameter.device == exclude_device or (
+            include_device is not None and parameter.device != include_device
+        ):
+            continue
+        nbytes = _parameter_bytes(parameter)
+        total += nbytes
+        weight += nbytes if name == "weight" else 0
+    return (total, weight, total - weight) if return_split else total
+
+
+def _parameter_bytes(parameter: torch.Tensor) -> float:
+    if isinstance(parameter, PackedTensor):
+        return parameter.packed_nbytes
+    element_bytes: float = parameter.element_size()
+    if getattr(parameter, "quant_type", None) in ("fp4", "nf4"):
+        # Forge's own estimates: a little more than half a byte an element, for the quantization state.
+        element_bytes = 0.55 if element_bytes > 1 else 1.1
+    return parameter.nelement() * element_bytes
+
+
+# ------------------------------------------------------------------------------------------------------- room
+def _own_bytes(attachment: Attachment) -> int:
+    """What a managed model holds on the device, and what of the shared buffers it can use again."""
+    return attachment.device_bytes() + state_of(attachment.device).shared_bytes
+
+
+def _make_room(need_bytes: float, device: torch.device, keep: Sequence[Any]) -> None:
+    """Frees device memory until `need_bytes` are free: residents of managed models first, least recently used
+    first; then whole models. `keep`: LoadedModels that stay as they are."""
+    from backend import memory_management as mm
+
+    others = [
+        other for other in reversed(mm.current_loaded_models) if other.device == device and other not in keep
+    ]
+    for other in others:
+        missing = need_bytes - mm.get_free_memory(device)
+        attachment = _attachments.get(other.model.model)
+        if missing > 0 and attachment is not None and attachment.active:
+            attachment.give_up(int(missing) + 1)
+    for other in others:
+        if mm.get_free_memory(device) > need_bytes:
+            break
+        attachment = _attachments.get(other.model.model)
+        if attachment is not None and not attachment.device_bytes():
+            continue
+        index = next(i for i, loaded in enumerate(mm.current_loaded_models) if loaded is other)
+        print(f"[QSwap] unloads {type(other.model.model).__name__} to make room")
+        mm.current_loaded_models.pop(index).model_unload()
+        mm.soft_empty_cache()
+
+
+def _drop_abandoned(wanted: Sequence[Any]) -> None:
+    """Models that nobody but the list of loaded models holds any more. Not those of which a clone is wanted:
+    a changed LoRA makes a new patcher for the same model."""
+    from backend import memory_management as mm
+
+    for index in range(len(mm.current_loaded_models) - 1, -1, -1):
+        # Two references: the LoadedModel's, and the one that this call makes.
+        if sys.getrefcount(mm.current_loaded_models[index].model) <= 2:
+            model = mm.current_loaded_models[index].model.model
+            if not any(patcher.model is model for patcher in wanted):
+                abandoned = mm.current_loaded_models.pop(index)
+                if model in _attachments:
+                    abandoned.model_unload()
+                else:
+                    abandoned.model_unload(avoid_model_moving=True)
+
+
+def _free_memory(
+    original: Any,
+    memory_required: float,
+    device: torch.device,
+    keep_loaded: Sequence[Any] = (),
+    free_all: bool = False,
+) -> None:
+    from backend import memory_management as mm
+
+    if device.type == "cpu":
+        original(memory_required, device, list(keep_loaded), free_all)
+        return
+    _drop_abandoned([])
+    if free_all or memory_required >= 1e29 or mm.ALWAYS_VRAM_OFFLOAD or mm.vram_state == mm.VRAMState.NO_VRAM:
+        for loaded in [other for other in mm.current_loaded_models if other.device == device]:
+            if loaded not in keep_loaded:
+                index = next(i for i, other in enumerate(mm.current_loaded_models) if other is loaded)
+                mm.current_loaded_models.pop(index).model_unload()
+        mm.soft_empty_cache()
+        return
+    _make_room(memory_required, device, keep_loaded)
+
+
+# ------------------------------------------------------------------------------------------------------- load
+def _load_models_gpu(
+    original: Any, models: Sequence[Any], memory_required: float = 0, hard_memory_preservation: float = 0
+) -> None:
+    from backend import memory_management as mm
+
+    if (
+        any(patcher.load_device.type == "cpu" for patcher in models)
+        or mm.vram_state == mm.VRAMState.HIGH_VRAM
+    ):
+        original(models, memory_required, hard_memory_preservation)
+        return
+    started = time.perf_counter()
+    minimum = controls.inference_minimum_bytes()
+    inference = max(minimum, memory_required) + hard_memory_preservation + MARGIN_BYTES
+    _adopt_clones(models)
+    _drop_abandoned(models)
+    keep: list[Any] = [
+        loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in models)
+    ]
+    # The last of the list first, so that the first ends up where Forge looks for the most recently used.
+    for patcher in reversed(models):
+        loaded = next((one for one in keep if one.model is patcher), None)
+        _balance(patcher, loaded, inference, keep)
+    if (took := time.perf_counter() - started) > 0.1:
+        names = ", ".join(type(patcher.model).__name__ for patcher in models)
+        print(f"[QSwap] placing {names} took {took:.2f} s")
+
+
+def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any]) -> None:
+    """Loads one model, or brings it in line with the memory that is free now."""
+    from backend import memory_management as mm
+
+    device = patcher.load_device
+    attachment = _attachment_for(patcher) if _wants_care(patcher) else None
+    if attachment is not None:
+        need = attachment.whole_bytes - _own_bytes(attachment)
+    else:
+        need = mm.module_size(patcher.model, exclude_device=device)
+    _make_room(need + inference_bytes, device, keep)
+    available = mm.get_free_memory(device) - inference_bytes
+    if attachment is None:
+        if need <= available or _is_bnb(patcher.model):
+            _leave_to_host(patcher, loaded, keep)
+            return
+        if loaded is not None:  # It was whole on the device, and this pass needs the room.
+            mm.current_loaded_models.remove(loaded)
+            keep.remove(loaded)
+            loaded.model_unload()
+            loaded = None
+            available = mm.get_free_memory(device) - inference_bytes
+        attachment = _attachment_for(patcher)
+    budget = _limited(available + _own_bytes(attachment))
+    if loaded is None:
+        loaded = mm.LoadedModel(patcher)
+        try:
+            _load_managed(loaded, budget)
+        except torch.OutOfMemoryError as error:
+            ledger.message(
+                f"{attachment.name}: the device has no room for QSwap's buffers ({error}); Forge moves the "
+                "layers itself.",
+                "warning",
+            )
+            _abandon(attachment, patcher.model)
+            loaded.model_load(0)
+        keep.append(loaded)
+    else:
+        mm.current_loaded_models.remove(loaded)
+        had = attachment.budget_bytes or 0
+        if budget < had or budget > had + REGROW_BYTES:
+            attachment.rebalance(budget)
+    mm.current_loaded_models.insert(0, loaded)
+
+
+def _leave_to_host(patcher: Any, loaded: Any, keep: list[Any]) -> None:
+    """Forge's own path: the whole model onto the device."""
+    from backend import memory_management as mm
+
+    name = type(patcher.model).__name__
+    if loaded is not None:
+        mm.current_loaded_models.remove(loaded)
+    else:
+        loaded = mm.LoadedModel(patcher)
+        loaded.model_load(-1)
+        keep.append(loaded)
+    mm.current_loaded_models.insert(0, loaded)
+    reason = "bitsandbytes weights" if _is_bnb(patcher.model) else "fits whole and has no packed weights"
+    ledger.note_unmanaged(name, f"left to Forge: {reason}")
+
+
+def _abandon(attachment: Attachment, model: torch.nn.Module) -> None:
+    attachment.detach()
+    _attachments.pop(model, None)
+    for layer in attachment.layers:
+        module = layer.module()
+        if module is not None:
+            _layers.pop(module, None)
+
+
+def _limited(budget_bytes: float) -> int:
+    """`budget_bytes`, within what the user allows."""
+    from backend import memory_management as mm
+
+    chosen = settings.in_effect()
+    limits = [controls.weight_limit_bytes()]
+    if chosen.location != "gpu":
+        limits.append(chosen.gpu_budget_bytes)
+    if mm.vram_state == mm.VRAMState.NO_VRAM:
+        limits.append(0)
+    return int(max(0, min([budget_bytes, *(limit for limit in limits if limit is not None)])))
+
+
+def _adopt_clones(models: Sequence[Any]) -> None:
+    """A wanted patcher takes the place of a loaded one of the same model: nothing is moved for it."""
+    from backend import memory_management as mm
+
+    for patcher in models:
+        for index in range(len(mm.current_loaded_models) - 1, -1, -1):
+            other = mm.current_loaded_models[index]
+            if other.model is not patcher and patcher.is_clone(other.model):
+                mm.current_loaded_models.pop(index).model_unload(avoid_model_moving=True)

@@ -1,0 +1,241 @@
+"""What swapping needs of a device: streams, events, free memory and page-locking, the same calls for every
+kind of device.
+
+Kinds: *cuda* (NVIDIA, and AMD through ROCm), *xpu*, a simulated device with the same module (tests), *mps*
+(one stream), *cpu* (the demo's device: its "device memory" is RAM, and a second thread takes the place of the
+copy stream).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+log = logging.getLogger("qswap")
+
+ALIGNMENT_BYTES = 256
+"""Every part of a payload starts at a multiple of this: what CUDA's own allocator guarantees, and enough for
+any vector load."""
+
+
+def align(nbytes: int) -> int:
+    """`nbytes` rounded up to `ALIGNMENT_BYTES`."""
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+class HostEvent:
+    """An event of a device whose work is done when the call returns (the CPU): a point in time."""
+
+    __slots__ = ("_at",)
+
+    def __init__(self) -> None:
+        self._at = 0.0
+
+    def record(self, _stream: Any = None) -> None:
+        self._at = time.perf_counter()
+
+    def wait(self, _stream: Any = None) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def elapsed_time(self, later: HostEvent) -> float:
+        """Milliseconds from this event to `later`, as torch.cuda.Event.elapsed_time."""
+        return (later._at - self._at) * 1e3
+
+
+class Device:
+    """One device and the torch module that drives it (torch.cuda, torch.xpu, …).
+
+    Attributes:
+        device: with an index, except for mps and cpu.
+        streams: whether copies can run on a stream of their own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        module: Any = getattr(torch, device.type, None)
+        if device.type not in ("cpu", "meta") and module is None:
+            raise ValueError(f"torch has no module for the device {device}")
+        if device.type not in ("cpu", "mps") and device.index is None:
+            device = torch.device(device.type, module.current_device())
+        self.device = device
+        self._module = module
+        self.is_host = device.type == "cpu"
+        self.streams = not self.is_host and hasattr(module, "Stream") and device.type != "mps"
+
+    # ------------------------------------------------------------------------------------- streams and events
+    def new_stream(self) -> Any:
+        """A side stream, or None where the device has only one."""
+        if not self.streams:
+            return None
+        with self._guard():
+            return self._module.Stream(device=self.device)
+
+    def current_stream(self) -> Any:
+        """The stream that this thread's compute goes to; None where the device has only one."""
+        return self._module.current_stream(self.device) if self.streams else None
+
+    def on_stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        """Work issued inside goes to `stream` (None: to where it would go anyway)."""
+        return contextlib.nullcontext() if stream is None else self._module.stream(stream)
+
+    def new_event(self, *, timing: bool = False) -> Any:
+        if self.is_host:
+            return HostEvent()
+        return self._module.Event(enable_timing=timing)
+
+    def record(self, event: Any, stream: Any) -> None:
+        if stream is None:
+            event.record()
+        else:
+            event.record(stream)
+
+    def wait(self, event: Any, stream: Any) -> None:
+        """Work issued to `stream` from now on runs after `event`; the calling thread does not wait."""
+        if stream is None:
+            event.wait()
+        else:
+            stream.wait_event(event)
+
+    def order(self, first: Any, then: Any) -> None:
+        """What is issued to stream `then` from now on runs after all that stream `first` has now."""
+        if first is not None and then is not None and first != then:
+            event = self.new_event()
+            event.record(first)
+            then.wait_event(event)
+
+    def synchronize(self) -> None:
+        """Waits for the device. Never on the hot path: only before host memory that it may be reading is
+        released."""
+        if not self.is_host:
+            self._module.synchronize()
+
+    def _guard(self) -> contextlib.AbstractContextManager[Any]:
+        guard = getattr(self._module, "device", None)
+        return guard(self.device) if guard is not None else contextlib.nullcontext()
+
+    # ------------------------------------------------------------------------------------------------- memory
+    def memory_bytes(self) -> tuple[int, int]:
+        """(free, total) bytes. What torch's allocator keeps cached counts as free: the next allocation takes
+        it from there."""
+        if self.is_host:
+            return available_ram_bytes(), total_ram_bytes()
+        if self.device.type == "mps":
+            total = self._module.recommended_max_memory()
+            return total - self._module.driver_allocated_memory(), total
+        free, total = self._module.mem_get_info(self.device)
+        cached = self._module.memory_reserved(self.device) - self._module.memory_allocated(self.device)
+        return free + cached, total
+
+    def empty_cache(self) -> None:
+        if not self.is_host:
+            self._module.empty_cache()
+
+    # ------------------------------------------------------------------------------------------- page-locking
+    @property
+    def can_register(self) -> bool:
+        """Whether memory that exists already can be page-locked (cudaHostRegister and its like)."""
+        return hasattr(self._module, "cudart")
+
+    @property
+    def can_page_lock(self) -> bool:
+        return not self.is_host and self.device.type != "mps"
+
+    def register(self, buffer: torch.Tensor) -> str | None:
+        """Page-locks `buffer`'s memory where it is. Returns None when that worked, else why it did not."""
+        with self._guard():
+            code = int(self._module.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+        if code == 0:
+            return None
+        self._clear_error()
+        return f"cudaHostRegister of {buffer.numel() / 2**20:.0f} MB was refused (error {code})"
+
+    def unregister(self, address: int) -> None:
+        with self._guard():
+            if int(self._module.cudart().cudaHostUnregister(address)) != 0:
+                self._clear_error()
+
+    def _clear_error(self) -> None:
+        """A refused registration leaves an error behind that the next kernel launch would report as its
+        own."""
+        if self.device.type != "cuda" or not torch.cuda.is_available():
+            return
+        for name in (
+            "libcudart.so.13",
+            "libcudart.so.12",
+            "libcudart.so",
+            "cudart64_13.dll",
+            "cudart64_12.dll",
+        ):
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(name).cudaGetLastError()
+                return
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self.device).add_(1)
+            torch.cuda.synchronize(self.device)
+
+
+def total_ram_bytes() -> int:
+    """RAM of this machine, or of the container where that is less."""
+    total = _meminfo("MemTotal")
+    limit = _cgroup("memory.max")
+    return min(total, limit) if limit else total
+
+
+def available_ram_bytes() -> int:
+    """RAM that can be had without swapping, within the container's limit."""
+    available = _meminfo("MemAvailable")
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    return min(available, limit - used) if limit and used else available
+
+
+def _meminfo(field: str) -> int:
+    if sys.platform == "win32":
+
+        class Status(ctypes.Structure):  # MEMORYSTATUSEX
+            _fields_ = [
+                ("length", ctypes.c_ulong),
+                ("load", ctypes.c_ulong),
+                *((n, ctypes.c_ulonglong) for n in ("total", "available", "a", "b", "c", "d", "e")),
+            ]
+
+        status = Status(length=ctypes.sizeof(Status))
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+        return status.total if field == "MemTotal" else status.available
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    pages = os.sysconf("SC_PHYS_PAGES" if field == "MemTotal" else "SC_AVPHYS_PAGES")
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cgroup(name: str) -> int:
+    with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{name}", encoding="ascii") as file:
+        return int(file.read())
+    return 0
+
+
+_devices: dict[torch.device, Device] = {}
+
+
+def device_of(device: torch.device | str) -> Device:
+    """The one `Device` of a torch device."""
+    found = Device(torch.device(device))
+    return _devices.setdefault(found.device, found)
+
+
+def known_devices() -> Iterator[Device]:
+    return iter(list(_devices.values()))

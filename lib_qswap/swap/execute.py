@@ -1,0 +1,171 @@
+"""How a layer is computed from its payload: unpack into the scratch, multiply.
+
+`Forward` is what `attach()` puts in place of a module's own forward; a host with forwards of its own calls
+`weight_for` itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.quant.unpack import Arithmetic, unpack
+from lib_qswap.swap.device import Device, align
+
+if TYPE_CHECKING:
+    from lib_qswap.swap.layer import Layer
+    from lib_qswap.swap.streamer import Streamer
+
+
+class Scratch:
+    """The one reusable piece of device memory that weights are unpacked into, in the order of the compute
+    stream."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._buffer: torch.Tensor | None = None
+        self._views: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._buffer is None else self._buffer.numel()
+
+    def resize(self, nbytes: int) -> None:
+        """Only between steps.
+
+        Raises:
+            torch.OutOfMemoryError: the device has not that much; the scratch is then empty.
+        """
+        if align(nbytes) != self.nbytes:
+            self._views.clear()
+            self._buffer = None
+            if nbytes:
+                with torch.inference_mode(False):
+                    self._buffer = torch.empty(align(nbytes), dtype=torch.uint8, device=self._device.device)
+
+    def view(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """The scratch as a tensor of this shape and dtype; what it held before is lost.
+
+        It grows where it is too small: the caller computes in a wider dtype than was announced.
+        """
+        found = self._views.get((shape, dtype))
+        if found is None:
+            nbytes = shape.numel() * dtype.itemsize
+            if nbytes > self.nbytes:
+                self.resize(nbytes)
+            assert self._buffer is not None
+            found = self._buffer[:nbytes].view(dtype).view(shape)
+            self._views[shape, dtype] = found
+        return found
+
+
+def weight_for(
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    scratch: Scratch,
+    *,
+    arithmetic: Arithmetic,
+    computation_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`weight` (on the device, packed or plain) in `dtype`: itself, or the scratch, valid until the next
+    call."""
+    if isinstance(weight, PackedTensor):
+        out = scratch.view(weight.shape, dtype)
+        unpack(
+            weight.format,
+            weight.packed,
+            out,
+            arithmetic=arithmetic,
+            computation_dtype=computation_dtype or dtype,
+        )
+        return out
+    if weight.dtype == dtype:
+        return weight
+    return scratch.view(weight.shape, dtype).copy_(weight)
+
+
+def gather_rows(weight: torch.Tensor, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a master that stays on the host, on the device of `indices`; shape (*indices.shape, row
+    length).
+
+    Only the rows asked for are read, unpacked and copied: a text encoder's embedding has 32,128 of them and a
+    prompt needs 256.
+    """
+    wanted = indices.reshape(-1).cpu()
+    if isinstance(weight, PackedTensor):
+        packed = weight.packed.view(weight.shape[0], -1)[wanted]
+        rows = PackedTensor(packed, weight.format, torch.Size((wanted.numel(), weight.shape[1])), dtype=dtype)
+        gathered = rows.dequantize(dtype)
+    else:
+        gathered = weight.as_subclass(torch.Tensor)[wanted].to(dtype)
+    return gathered.to(indices.device).view(*indices.shape, weight.shape[1])
+
+
+class Forward:
+    """The forward of a swapped module: its class's own, with the weights that are on the device right now."""
+
+    def __init__(
+        self,
+        layer: Layer,
+        original: Callable[..., Any],
+        streamer: Streamer,
+        scratch: Scratch,
+        arithmetic: Arithmetic,
+        computation_dtype: torch.dtype | None,
+    ) -> None:
+        self._layer = layer
+        self._original = original
+        self._streamer = streamer
+        self._scratch = scratch
+        self._arithmetic = arithmetic
+        self._computation_dtype = computation_dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._layer.module()
+        if module is None:
+            raise ReferenceError(f"{self._layer.name}: its module is gone")
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        dtype = inputs.dtype if inputs.is_floating_point() else self._layer.parts[0].dtype
+        lease = self._streamer.acquire(self._layer)
+        masters = module._parameters.copy()
+        try:
+            for name, tensor in lease.parts.items():
+                if name == "weight":
+                    tensor = weight_for(
+                        tensor,
+                        dtype,
+                        self._scratch,
+                        arithmetic=self._arithmetic,
+                        computation_dtype=self._computation_dtype,
+                    )
+                elif tensor.is_floating_point():
+                    tensor = tensor.to(dtype)
+                # Straight into the table: registering a Parameter costs more than some layers compute.
+                module._parameters[name] = tensor  # type: ignore[assignment]
+            return self._original(module, *args, **kwargs)
+        finally:
+            module._parameters.update(masters)
+            lease.release()
+
+
+class GatheredForward:
+    """The forward of a big embedding: its rows are gathered on the host, its weight never travels."""
+
+    def __init__(self, module: torch.nn.Embedding, dtype: torch.dtype) -> None:
+        self._module = weakref.ref(module)
+        self._dtype = dtype
+
+    def __call__(self, indices: torch.Tensor) -> torch.Tensor:
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the embedding is gone")
+        return gather_rows(module.weight, indices, self._dtype)
+
+
+def can_gather(module: torch.nn.Module) -> bool:
+    """Whether rows of `module` can be gathered on the host with the same result."""
+    return isinstance(module, torch.nn.Embedding) and module.max_norm is None

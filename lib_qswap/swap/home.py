@@ -1,0 +1,313 @@
+"""Where masters live: page-locked RAM (shared), ordinary RAM (cpu), or the model's own file (disk).
+
+A home's kind is read off its storage once, when it is bound; it is never what a setting asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+
+from lib_qswap.swap import planner
+from lib_qswap.swap.device import Device, align, available_ram_bytes, total_ram_bytes
+
+if TYPE_CHECKING:
+    from lib_qswap.swap.layer import Layer, Part
+
+HomeKind = Literal["shared", "cpu", "disk"]
+Location = Literal["auto", "gpu", "shared", "cpu", "disk"]
+LOCATIONS: tuple[Location, ...] = ("auto", "gpu", "shared", "cpu", "disk")
+
+CHUNK_BYTES = 256 << 20
+"""An arena is page-locked in pieces of about this size, so that a refusal costs one piece and not the
+whole."""
+
+RAM_RESERVE_BYTES = 1536 << 20
+"""RAM that placing weights leaves to everybody else."""
+
+
+class PinBudget:
+    """How many bytes may be page-locked, and how many are. Staging takes its share first."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.used_bytes = 0
+
+    @property
+    def left_bytes(self) -> int:
+        return max(0, self.limit_bytes - self.used_bytes)
+
+    def take(self, nbytes: int) -> bool:
+        """Counts `nbytes` as page-locked if they fit."""
+        if nbytes > self.left_bytes:
+            return False
+        self.used_bytes += nbytes
+        return True
+
+    def give(self, nbytes: int) -> None:
+        self.used_bytes -= nbytes
+
+
+def default_pin_budget_bytes() -> int:
+    """40 % of RAM on Windows (its own limit is about half, shared with every process); elsewhere 60 %, or
+    what is available less 4 GB if that is less."""
+    if sys.platform == "win32":
+        return int(total_ram_bytes() * 0.4)
+    return max(0, int(min(total_ram_bytes() * 0.6, available_ram_bytes() - (4 << 30))))
+
+
+class HostBuffer(mmap.mmap):
+    """Anonymous memory of an exact size, page-aligned, that gives its page-lock back when its last view
+    goes."""
+
+    _pin: tuple[Device, PinBudget, int, int] | None = None
+
+    def lock(self, device: Device, budget: PinBudget, tensor: torch.Tensor) -> str | None:
+        """Page-locks this memory for `device`. Returns None when that worked, else why it did not."""
+        if not budget.take(tensor.numel()):
+            return "the page-lock budget is used up"
+        if reason := device.register(tensor):
+            budget.give(tensor.numel())
+            return reason
+        self._pin = (device, budget, tensor.data_ptr(), tensor.numel())
+        return None
+
+    def __del__(self) -> None:
+        if self._pin is not None and not sys.is_finalizing():
+            device, budget, address, nbytes = self._pin
+            device.unregister(address)
+            budget.give(nbytes)
+
+
+class PinnedBlock:
+    """Page-locked memory from torch's own allocator, for devices that cannot lock existing memory; it rounds
+    up."""
+
+    def __init__(self, device: Device, budget: PinBudget, nbytes: int) -> None:
+        self._budget, self._taken = budget, 1 << (nbytes - 1).bit_length()
+        if not budget.take(self._taken):
+            raise MemoryError("the page-lock budget is used up")
+        try:
+            self.tensor = torch.empty(nbytes, dtype=torch.uint8).pin_memory(device.device)
+        except RuntimeError:
+            budget.give(self._taken)
+            self._taken = 0
+            raise
+
+    def __del__(self) -> None:
+        self._budget.give(self._taken)
+
+
+class Home:
+    """One layer's master.
+
+    Attributes:
+        kind: read off the storage.
+        payload: the whole payload as one run of host memory (uint8, flat), or None where its parts lie apart.
+        page_locked: whether the device can read `payload` by itself.
+    """
+
+    __slots__ = ("_owner", "_parts", "kind", "page_locked", "payload")
+
+    def __init__(
+        self, parts: Sequence[Part], payload: torch.Tensor | None = None, owner: object = None
+    ) -> None:
+        self._parts = parts
+        self._owner = owner
+        self.payload = payload
+        self.page_locked = payload is not None and payload.is_pinned()
+        self.kind: HomeKind = "cpu"
+        if self.page_locked:
+            self.kind = "shared"
+        elif payload is None and any(part.source is not None for part in parts):
+            self.kind = "disk"
+
+    def read_into(self, destination: torch.Tensor, start_byte: int) -> None:
+        """Copies payload bytes from `start_byte` on into `destination` (uint8, flat, in host memory), as many
+        as it holds.
+
+        The interpreter lock is free meanwhile. Bytes between parts are left as they are.
+
+        Raises:
+            OSError, GGUFError: the file can no longer be read.
+        """
+        end_byte = start_byte + destination.numel()
+        if self.payload is not None:
+            _copy(self.payload[start_byte:end_byte], destination)
+            return
+        for part in self._parts:
+            first = max(part.offset_bytes, start_byte)
+            last = min(part.offset_bytes + part.nbytes, end_byte)
+            if first >= last:
+                continue
+            target = destination[first - start_byte : last - start_byte]
+            if part.source is not None:
+                part.source.read_into(target, first - part.offset_bytes)
+            else:
+                assert part.data is not None
+                _copy(part.data[first - part.offset_bytes : last - part.offset_bytes], target)
+
+    def tensor(self, part: Part) -> torch.Tensor:
+        """The master of `part`, for whoever reads the module's parameters."""
+        if self.payload is not None:
+            return part.wrap(self.payload[part.offset_bytes : part.offset_bytes + part.nbytes], part.source)
+        assert part.data is not None
+        return part.wrap(part.data, part.source)
+
+
+def _copy(source: torch.Tensor, destination: torch.Tensor) -> None:
+    """One plain memcpy: on one thread, so that it leaves the other cores to compute."""
+    ctypes.memmove(destination.data_ptr(), source.data_ptr(), destination.numel())
+
+
+class Placement(NamedTuple):
+    """Which layers go where; `message` says what could not be had, and what to do about it."""
+
+    shared: list[Layer]
+    cpu: list[Layer]
+    disk: list[Layer]
+    message: str | None
+
+
+def choose_homes(
+    layers: Sequence[Layer], location: Location, device: Device, pin_budget: PinBudget
+) -> Placement:
+    """Homes for `layers` (in execution order): the location that the user chose, stepping down where it
+    cannot be had.
+
+    What does not fit into the page-lock budget, or into RAM, alternates with what does over the execution
+    order, so that no stretch of a step is all slow.
+    """
+    shared: list[Layer] = []
+    rest = list(layers)
+    reasons: list[str] = []
+    if location in ("auto", "gpu", "shared"):
+        if not device.can_page_lock:
+            if location == "shared":
+                reasons.append(f"{device.device.type} has no page-locked memory, so Shared is CPU here")
+        else:
+            had = sum(layer.payload_bytes for layer in layers if layer.home.page_locked)
+            shared, rest = _share(layers, pin_budget.left_bytes + had)
+            if rest and location == "shared":
+                reasons.append(
+                    f"{_mb(rest)} MB do not fit into the page-lock budget of "
+                    f"{pin_budget.limit_bytes / 2**20:.0f} MB"
+                )
+    disk: list[Layer] = []
+    cpu = rest
+    if location == "disk":
+        disk = [layer for layer in rest if _has_file(layer)]
+        cpu = [layer for layer in rest if not _has_file(layer)]
+        if cpu:
+            reasons.append(f"{_mb(cpu)} MB have no file to be read from and stay in RAM")
+    elif (need := sum(map(_new_ram_bytes, [*shared, *rest]))) > (
+        room := available_ram_bytes() - RAM_RESERVE_BYTES
+    ):
+        movable = [layer for layer in rest if _new_ram_bytes(layer)]
+        _, out = _share(movable, max(0, _bytes(movable) - (need - room)))
+        disk = [layer for layer in out if _has_file(layer)]
+        gone = {id(layer) for layer in disk}
+        cpu = [layer for layer in rest if id(layer) not in gone]
+        if disk:
+            reasons.append(f"{_mb(disk)} MB do not fit into RAM and are read from the file")
+    return Placement(shared, cpu, disk, "; ".join(reasons) or None)
+
+
+def _share(layers: Sequence[Layer], room_bytes: int) -> tuple[list[Layer], list[Layer]]:
+    """Spreads `room_bytes` over `layers`: (those that get in, the others)."""
+    total = _bytes(layers)
+    if total <= room_bytes:
+        return list(layers), []
+    chosen = planner.spread([layer.payload_bytes for layer in layers], room_bytes / total if total else 0.0)
+    inside: list[Layer] = []
+    outside: list[Layer] = []
+    for layer, wanted in zip(layers, chosen, strict=True):
+        if wanted and layer.payload_bytes <= room_bytes:
+            room_bytes -= layer.payload_bytes
+            inside.append(layer)
+        else:
+            outside.append(layer)
+    return inside, outside
+
+
+def _bytes(layers: Iterable[Layer]) -> int:
+    return sum(layer.payload_bytes for layer in layers)
+
+
+def _mb(layers: Iterable[Layer]) -> str:
+    return f"{_bytes(layers) / 2**20:.0f}"
+
+
+def _has_file(layer: Layer) -> bool:
+    return any(part.source is not None for part in layer.parts)
+
+
+def _new_ram_bytes(layer: Layer) -> int:
+    """RAM that a copy of the layer would take beyond what it takes now."""
+    return layer.payload_bytes if layer.home.kind == "disk" else 0
+
+
+def fill_arena(layers: Sequence[Layer], device: Device, pin_budget: PinBudget | None) -> str | None:
+    """Copies the masters of `layers` into RAM of the exact size, page-locked if a budget is given, and makes
+    it their home.
+
+    Returns None, or why some of it could not be page-locked (it is ordinary RAM then).
+    """
+    refused: str | None = None
+    for group in _chunks(layers):
+        nbytes = _bytes(group)
+        owner: object
+        block = None
+        if pin_budget is not None and not device.can_register:
+            try:
+                block = PinnedBlock(device, pin_budget, nbytes)
+            except (RuntimeError, MemoryError) as error:
+                refused = str(error)
+        if block is not None:
+            owner, memory = block, block.tensor
+        else:
+            owner = buffer = HostBuffer(-1, nbytes)
+            memory = torch.frombuffer(buffer, dtype=torch.uint8)
+        start = 0
+        for layer in group:
+            payload = memory[start : start + layer.payload_bytes]
+            layer.home.read_into(payload, 0)
+            start += layer.payload_bytes
+        if pin_budget is not None and device.can_register:
+            # After the copy: locking memory that has its pages already is several times faster.
+            refused = buffer.lock(device, pin_budget, memory) or refused
+        start = 0
+        for layer in group:
+            layer.home = Home(layer.parts, memory[start : start + layer.payload_bytes], owner)
+            start += layer.payload_bytes
+            for part in layer.parts:
+                if part.source is None:
+                    part.data = None  # The arena has the only copy now.
+    return refused
+
+
+def use_file(layers: Sequence[Layer]) -> None:
+    """Makes the model's own file the home of `layers`; parts that are in no file stay in RAM, one by one."""
+    for layer in layers:
+        for part in layer.parts:
+            if part.source is None and part.data is None:
+                assert layer.home.payload is not None
+                part.data = layer.home.payload[part.offset_bytes : part.offset_bytes + part.nbytes].clone()
+        layer.home = Home(layer.parts)
+
+
+def _chunks(layers: Sequence[Layer]) -> list[list[Layer]]:
+    groups: list[list[Layer]] = []
+    room = 0
+    for layer in layers:
+        if layer.payload_bytes > room or not groups:
+            groups.append([])
+            room = max(CHUNK_BYTES, align(layer.payload_bytes))
+        groups[-1].append(layer)
+        room -= layer.payload_bytes
+    return groups

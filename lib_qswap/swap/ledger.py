@@ -1,0 +1,122 @@
+"""What is where: plain data for the page, the terminal and the API, at any moment and from any thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lib_qswap.swap.manager import Attachment
+
+SCHEMA = 1
+log = logging.getLogger("qswap")
+
+_lock = threading.Lock()
+_attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
+_messages: deque[dict[str, Any]] = deque(maxlen=64)
+_notes: dict[str, dict[str, Any]] = {}
+
+
+def register(attachment: Attachment) -> None:
+    with _lock:
+        _attachments.add(attachment)
+
+
+def unregister(attachment: Attachment) -> None:
+    with _lock:
+        _attachments.discard(attachment)
+
+
+def message(text: str, level: str = "info") -> None:
+    """Tells the user something, once: in the log and in the page. A text that was the last one is not
+    repeated."""
+    with _lock:
+        if _messages and _messages[-1]["text"] == text:
+            _messages[-1]["t"] = time.time()
+            return
+        _messages.append({"t": time.time(), "level": level, "text": text})
+    log.log(getattr(logging, level.upper()), "%s", text)
+
+
+def note_unmanaged(name: str, reason: str | None) -> None:
+    """A model that is left to the host, and why; None: it is gone."""
+    with _lock:
+        if reason is None:
+            _notes.pop(name, None)
+        else:
+            _notes[name] = {"name": name, "managed": False, "active": True, "reason": reason, "layers": []}
+
+
+def attachments() -> list[Attachment]:
+    """All attachments of this process, oldest first."""
+    with _lock:
+        return sorted(_attachments, key=lambda attachment: attachment.serial)
+
+
+def snapshot() -> dict[str, Any]:
+    """The residency of every layer of every model; ARCHITECTURE.md has the shape. Cheap, and waits for
+    nothing."""
+    models = attachments()
+    device = models[-1].device if models else None
+    memory: dict[str, Any] = {}
+    if device is not None:
+        free, total = device.memory_bytes()
+        weights = sum(model.device_bytes() for model in models if model.device is device)
+        weights += sum({id(m.state): m.state.shared_bytes for m in models if m.device is device}.values())
+        memory = {
+            "total": total,
+            "free": free,
+            "weights": weights,
+            "other": max(0, total - free - weights) if not device.is_host else 0,
+        }
+    with _lock:
+        messages, notes = list(_messages), list(_notes.values())
+    return {
+        "schema": SCHEMA,
+        "enabled": True,
+        "device": str(device.device) if device is not None else None,
+        "location": models[-1].location if models else None,
+        "models": [model.snapshot() for model in models] + notes,
+        "device_memory": memory,
+        "messages": messages,
+    }
+
+
+def trace_events() -> list[dict[str, Any]]:
+    """The last finished steps as Chrome trace events (https://ui.perfetto.dev opens them); times in
+    microseconds."""
+    events: list[dict[str, Any]] = []
+    for process, state in enumerate({id(model.state): model.state for model in attachments()}.values()):
+        start = 0.0
+        for step in list(state.streamer.timeline.finished):
+            for name, begin, served, copy_begin, copy_end in step.spans:
+                if served > begin:
+                    events.append(
+                        _event(f"wait for {name}", "stall", process, 1, start + begin, served - begin)
+                    )
+                events.append(_event(name, "use", process, 0, start + served, 0.0))
+                if copy_begin is not None and copy_end is not None:
+                    events.append(
+                        _event(name, "copy", process, 2, max(0.0, start + copy_begin), copy_end - copy_begin)
+                    )
+            events.append(_event("step", "step", process, 0, start, step.seconds))
+            start += step.seconds
+    return events
+
+
+def _event(
+    name: str, category: str, process: int, thread: int, start_s: float, length_s: float
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "cat": category,
+        "ph": "X",
+        "pid": process,
+        "tid": thread,
+        "ts": start_s * 1e6,
+        "dur": length_s * 1e6,
+    }

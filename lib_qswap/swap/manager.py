@@ -1,0 +1,713 @@
+"""Models under QSwap's care: attach, rebalance, unload, detach. The only class that the outside talks to is
+`Attachment`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.quant.unpack import Arithmetic
+from lib_qswap.swap import ledger, planner
+from lib_qswap.swap.copier import Copier
+from lib_qswap.swap.device import Device, device_of
+from lib_qswap.swap.execute import Forward, GatheredForward, Scratch, can_gather
+from lib_qswap.swap.home import (
+    LOCATIONS,
+    Home,
+    Location,
+    PinBudget,
+    choose_homes,
+    default_pin_budget_bytes,
+    fill_arena,
+    use_file,
+)
+from lib_qswap.swap.layer import Layer, Part, parts_of, payload_bytes
+from lib_qswap.swap.planner import LayerCost, Plan
+from lib_qswap.swap.streamer import Lease, ResidentLease, Streamer
+
+FIXED_BELOW_BYTES = 64 << 10
+"""A layer smaller than this stays on the device: its copy would cost more in latency than in bytes."""
+
+GATHERED_FROM_BYTES = 16 << 20
+"""An embedding of this size and more stays on the host, and its rows are gathered there."""
+
+ASSUMED_LINK_BYTES_PER_S = 12e9
+ASSUMED_FLOPS = 20e12
+ASSUMED_TOKENS = 4096
+"""What a plan is made from until the first steps are measured: a mid-range card on PCIe 3 x16 at 1024 x
+1024."""
+
+REPLAN_GAIN = 0.97
+"""A plan from measured times replaces the first one only if it predicts a step this much shorter: residents
+have to move for it."""
+
+
+class DeviceState:
+    """What all models on one device share: the pin budget, the copier, the ring, the scratch."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.pin_budget = PinBudget(default_pin_budget_bytes())
+        self.copier = Copier(device, self.pin_budget)
+        self.streamer = Streamer(device, self.copier)
+        self.scratch = Scratch(device)
+        self.active: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+    @property
+    def shared_bytes(self) -> int:
+        """Device bytes of ring and scratch."""
+        return self.streamer.ring_bytes + self.scratch.nbytes
+
+    def fit(self) -> None:
+        """Gives ring, scratch and staging the sizes that the active models need. Only between steps."""
+        ring = max((model.plan.ring_bytes for model in self.active if model.plan is not None), default=0)
+        scratch = max((model.scratch_bytes for model in self.active), default=0)
+        self.streamer.resize(ring)
+        self.scratch.resize(scratch)
+        self.copier.use_worker(any(model.needs_worker() for model in self.active))
+
+
+_states: dict[torch.device, DeviceState] = {}
+
+
+def state_of(device: Device) -> DeviceState:
+    """The one state of a device."""
+    found = _states.get(device.device)
+    if found is None:
+        found = _states[device.device] = DeviceState(device)
+    return found
+
+
+class _Fixed:
+    """A parameter or buffer that is on the device as long as its model is active."""
+
+    __slots__ = ("is_buffer", "master", "module", "name")
+
+    def __init__(self, module: torch.nn.Module, name: str, master: torch.Tensor, is_buffer: bool) -> None:
+        self.module = weakref.ref(module)
+        self.name, self.master, self.is_buffer = name, master, is_buffer
+
+    def bind(self, tensor: torch.Tensor) -> None:
+        module = self.module()
+        if module is None:
+            return
+        if self.is_buffer:
+            module._buffers[self.name] = tensor
+        else:
+            module._parameters[self.name] = torch.nn.Parameter(tensor, requires_grad=False)
+
+    def adopt(self) -> None:
+        """Takes what the module has now for the master."""
+        module = self.module()
+        now = module._parameters.get(self.name) if module is not None and not self.is_buffer else None
+        if now is not None:
+            self.master = now.detach()
+
+
+class Attachment:
+    """One model whose weights are kept where the user says and brought to the device in time.
+
+    Attributes:
+        device: where it computes.
+        location: the user's choice of home.
+        layers: those that can be swapped, in the order of execution as far as it is known.
+        plan: the last one; None while nothing is on the device.
+    """
+
+    _serials = itertools.count()
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        device: Device,
+        *,
+        name: str,
+        location: Location,
+        pin_budget_bytes: int | None,
+        ring_bytes: int | None,
+        arithmetic: Arithmetic,
+        compute_dtype: torch.dtype | None,
+        can_swap: Callable[[torch.nn.Module], bool],
+        roots: Sequence[torch.nn.Module] | None,
+    ) -> None:
+        self.serial = next(self._serials)
+        self.name = name
+        self.device = device
+        self.location = location
+        self.state = state_of(device)
+        if pin_budget_bytes is not None:
+            self.state.pin_budget.limit_bytes = pin_budget_bytes
+        self.arithmetic: Arithmetic = arithmetic
+        self.compute_dtype = compute_dtype
+        self.plan: Plan | None = None
+        self.budget_bytes: int | None = None
+        self.steps: int | None = None
+        self.step_index = 0
+        self._ring_bytes = ring_bytes
+        self._pin_budget_bytes = pin_budget_bytes
+        self._module = weakref.ref(module)
+        self._profiles_left = 0
+        self._replanned = False
+        self._hooks: list[Any] = []
+        self._forwards: list[tuple[weakref.ref[torch.nn.Module], Any]] = []
+        self._sort(module, can_swap)
+        self._roots = [weakref.ref(root) for root in (roots if roots is not None else [module])]
+        self._hook_roots(module)
+        ledger.register(self)
+        # The attachment holds its modules weakly, and lives as long as its model does.
+        self._finalizer = weakref.finalize(module, _module_gone, self)
+        self._finalizer.atexit = False
+
+    # ------------------------------------------------------------------------------------- what the model has
+    def _sort(self, module: torch.nn.Module, can_swap: Callable[[torch.nn.Module], bool]) -> None:
+        """Sorts parameters and buffers into layers (swapped as a whole), gathered embeddings, and what is
+        fixed."""
+        owners: dict[int, int] = {}
+        for child in module.modules():
+            for parameter in child._parameters.values():
+                if parameter is not None:
+                    owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        self.layers: list[Layer] = []
+        self.gathered: list[weakref.ref[torch.nn.Embedding]] = []
+        self._fixed: list[_Fixed] = []
+        for name, child in module.named_modules():
+            own = [parameter for parameter in child._parameters.values() if parameter is not None]
+            tied = any(owners[id(parameter)] > 1 for parameter in own)
+            if own and can_gather(child) and _packed_nbytes(own[0]) >= GATHERED_FROM_BYTES:
+                assert isinstance(child, torch.nn.Embedding)
+                self.gathered.append(weakref.ref(child))
+            elif own and not tied and can_swap(child) and self._add_layer(name, child):
+                pass
+            else:
+                for key, parameter in child._parameters.items():
+                    if parameter is not None:
+                        self._fixed.append(_Fixed(child, key, parameter.detach(), is_buffer=False))
+            for key, buffer in child._buffers.items():
+                if buffer is not None:
+                    self._fixed.append(_Fixed(child, key, buffer, is_buffer=True))
+        self.by_module: weakref.WeakKeyDictionary[torch.nn.Module, Layer] = weakref.WeakKeyDictionary()
+        for layer in self.layers:
+            owner = layer.module()
+            if owner is not None:
+                self.by_module[owner] = layer
+
+    def _add_layer(self, name: str, module: torch.nn.Module) -> bool:
+        try:
+            parts = parts_of(module)
+        except ValueError:
+            return False
+        if payload_bytes(parts) < FIXED_BELOW_BYTES:
+            return False
+        kind = type(module).__name__
+        self.layers.append(Layer(name, kind, weakref.ref(module), parts, payload_bytes(parts), Home(parts)))
+        return True
+
+    def _hook_roots(self, module: torch.nn.Module) -> None:
+        reference = weakref.ref(self)
+
+        def before(root: torch.nn.Module, _args: Any) -> None:
+            attachment = reference()
+            if attachment is not None:
+                attachment.begin_step(root)
+
+        def after(root: torch.nn.Module, _args: Any, _output: Any) -> None:
+            attachment = reference()
+            if attachment is not None:
+                attachment.state.streamer.end_step(id(root))
+
+        for reference_to_root in self._roots:
+            root = reference_to_root()
+            if root is not None:
+                self._hooks.append(root.register_forward_pre_hook(before))
+                self._hooks.append(root.register_forward_hook(after))
+
+    def replace_forwards(self) -> None:
+        """Lets every swapped module compute from its lease; for models whose host has no forwards of its own
+        for that."""
+        for layer in self.layers:
+            module = layer.module()
+            if module is not None:
+                original = module.__dict__.get("forward")
+                call = _ignoring_module(original) if original is not None else type(module).forward
+                streamer, scratch = self.state.streamer, self.state.scratch
+                module.__dict__["forward"] = Forward(
+                    layer, call, streamer, scratch, self.arithmetic, self.compute_dtype
+                )
+                self._forwards.append((weakref.ref(module), original))
+        for reference in self.gathered:
+            embedding = reference()
+            if embedding is not None:
+                self._forwards.append((weakref.ref(embedding), embedding.__dict__.get("forward")))
+                dtype = self.compute_dtype or embedding.weight.dtype
+                embedding.__dict__["forward"] = GatheredForward(embedding, dtype)
+
+    # ------------------------------------------------------------------------------------------------ numbers
+    @property
+    def payload_bytes(self) -> int:
+        return sum(layer.payload_bytes for layer in self.layers)
+
+    @property
+    def fixed_bytes(self) -> int:
+        return sum({id(fixed.master): _packed_nbytes(fixed.master) for fixed in self._fixed}.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(layer.payload_bytes for layer in self.layers if layer.resident is not None)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Device bytes with which every layer is resident."""
+        return self.payload_bytes + self.fixed_bytes + self.scratch_bytes
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What unpacking, or casting, the largest weight takes."""
+        largest = 0
+        for part in (part for layer in self.layers for part in layer.parts if part.name == "weight"):
+            dtype = self.compute_dtype or (torch.float16 if part.format is not None else part.dtype)
+            if part.format is not None or part.dtype != dtype:
+                largest = max(largest, part.shape.numel() * dtype.itemsize)
+        return largest
+
+    def needs_worker(self) -> bool:
+        """Whether a transfer of this model cannot be read from page-locked memory by the device itself."""
+        return any(not layer.home.page_locked for layer in self.layers)
+
+    def device_bytes(self) -> int:
+        """Device bytes for this model's weights, without ring and scratch."""
+        return (self.fixed_bytes if self.active else 0) + self.resident_bytes
+
+    @property
+    def active(self) -> bool:
+        return self.plan is not None
+
+    def configure(
+        self,
+        *,
+        location: Location,
+        pin_budget_bytes: int | None,
+        ring_bytes: int | None,
+        arithmetic: Arithmetic,
+    ) -> None:
+        """Other choices of the user; they take effect with the next `rebalance`, which they make necessary
+        where they differ."""
+        limit = default_pin_budget_bytes() + self.state.pin_budget.used_bytes
+        limit = limit if pin_budget_bytes is None else pin_budget_bytes
+        if (location, ring_bytes, arithmetic) != (self.location, self._ring_bytes, self.arithmetic) or (
+            pin_budget_bytes != self._pin_budget_bytes
+        ):
+            self.location, self._ring_bytes, self.arithmetic = location, ring_bytes, arithmetic
+            self._pin_budget_bytes = pin_budget_bytes
+            self.state.pin_budget.limit_bytes = limit
+            self.budget_bytes = None
+
+    # ------------------------------------------------------------------------------------------------ balance
+    def rebalance(self, budget_bytes: int | None = None) -> None:
+        """Brings the device copies in line with `budget_bytes` (fixed, residents, ring and scratch together).
+
+        None: what the device has free now, less an eighth for activations. Only between forwards. A budget
+        below the floor is raised to it, and a device that turns out to have less than the budget gets less,
+        each with a message.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room even for the floor; nothing is left on it.
+        """
+        if budget_bytes is None:
+            free, _ = self.device.memory_bytes()
+            budget_bytes = (free + self.device_bytes() + self.state.shared_bytes) * 7 // 8
+        while True:
+            try:
+                self._balance(budget_bytes)
+                return
+            except torch.OutOfMemoryError:
+                had = budget_bytes
+                self.unload()
+                self.device.empty_cache()
+                floor = self._floor_bytes()
+                if had <= floor:
+                    raise
+                budget_bytes = max(floor, had * 4 // 5)
+                ledger.message(
+                    f"{self.name}: the device has no room for {had / 2**20:.0f} MB of weights; trying "
+                    f"{budget_bytes / 2**20:.0f} MB. Close other programs that use the GPU, or lower the "
+                    "budget.",
+                    "warning",
+                )
+
+    def _floor_bytes(self) -> int:
+        largest = max((layer.payload_bytes for layer in self.layers), default=0)
+        return self.fixed_bytes + self.scratch_bytes + largest
+
+    def _balance(self, budget_bytes: int) -> None:
+        plan = self.make_plan(budget_bytes)
+        if plan.message:
+            ledger.message(f"{self.name}: {plan.message}", "warning")
+        resident = set(plan.resident)
+        self.state.streamer.quiesce()
+        self.state.streamer.evict(
+            [lay for lay in self.layers if lay.resident is not None and lay.name not in resident]
+        )
+        self.budget_bytes = max(budget_bytes, self._floor_bytes())
+        if self.location in ("shared", "cpu", "disk"):
+            self._place(self.layers)
+        else:
+            self._place([layer for layer in self.layers if layer.name not in resident])
+        was_active = self.active
+        self.plan = plan
+        self.state.active.add(self)
+        self.state.fit()
+        if not was_active:
+            self._bind_fixed()
+        for layer in self.layers:
+            if layer.name in resident and layer.resident is None:
+                self.state.streamer.upload(layer)
+        for reference in self._roots:
+            root = reference()
+            if root is not None:
+                inside = set(map(id, root.modules()))
+                swapped = [lay for lay in self.layers if lay.resident is None and id(lay.module()) in inside]
+                self.state.streamer.order.expect(id(root), swapped)
+        if any(layer.times.compute_s is None for layer in self.layers):
+            self._profiles_left = 2
+
+    def make_plan(self, budget_bytes: int) -> Plan:
+        """The plan for `budget_bytes`, from measured times where there are any; nothing is changed."""
+        costs = [LayerCost(layer.name, layer.payload_bytes, _compute_s(layer)) for layer in self.layers]
+        return planner.make_plan(
+            costs,
+            budget_bytes=max(0, budget_bytes - self.fixed_bytes - self.scratch_bytes),
+            link_bytes_per_s=self._link_bytes_per_s(),
+            ring_bytes=self._ring_bytes,
+        )
+
+    def _link_bytes_per_s(self) -> float:
+        steps = [step for step in self.state.streamer.timeline.finished if step.copy_s > 0]
+        if not steps:
+            return ASSUMED_LINK_BYTES_PER_S
+        return sum(step.h2d_bytes for step in steps) / sum(step.copy_s for step in steps)
+
+    def _place(self, layers: list[Layer]) -> None:
+        """Gives `layers` the homes that the location asks for, where they do not have them yet."""
+        budget = self.state.pin_budget
+        placement = choose_homes(layers, self.location, self.device, budget)
+        if placement.cpu or placement.disk:
+            self.state.copier.use_worker(True)  # Staging is page-locked first.
+            placement = choose_homes(layers, self.location, self.device, budget)
+        if placement.message:
+            ledger.message(f"{self.name}: {placement.message}.", "warning")
+        to_lock = [layer for layer in placement.shared if not layer.home.page_locked]
+        to_copy = [layer for layer in placement.cpu if layer.home.kind != "cpu"]
+        to_file = [layer for layer in placement.disk if layer.home.kind != "disk"]
+        if any(layer.home.page_locked for layer in [*to_copy, *to_file]):
+            self.device.synchronize()  # The device may still be reading what is about to be released.
+        use_file(to_file)
+        fill_arena(to_copy, self.device, None)
+        self._bind_masters([*to_copy, *to_file])
+        refused = fill_arena(to_lock, self.device, budget)
+        self._bind_masters(to_lock)
+        if refused:
+            ledger.message(
+                f"{self.name}: {refused}; what could not be page-locked is read from ordinary RAM. "
+                "Lower the page-lock budget, or choose CPU.",
+                "warning",
+            )
+
+    def _bind_masters(self, layers: Iterable[Layer]) -> None:
+        """Lets the modules' parameters alias the masters, each by a fresh Parameter: hosts change those that
+        they are given."""
+        for layer in layers:
+            module = layer.module()
+            if module is not None:
+                for part in layer.parts:
+                    master = layer.home.tensor(part)
+                    module._parameters[part.name] = torch.nn.Parameter(master, requires_grad=False)
+
+    def _bind_fixed(self) -> None:
+        moved: dict[int, torch.Tensor] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for fixed in self._fixed:
+                key = id(fixed.master)
+                if key not in moved:
+                    moved[key] = fixed.master.to(self.device.device, copy=self.device.is_host)
+                fixed.bind(moved[key])
+
+    def give_up(self, nbytes: int) -> None:
+        """Drops residents, the last ones first, until `nbytes` of device memory are free, for another model;
+        the fixed ones too where that is not enough. The next `rebalance` brings back what fits then. Only
+        while this model does not run."""
+        dropped: list[Layer] = []
+        for layer in reversed(self.layers):
+            if nbytes <= 0:
+                break
+            if layer.resident is not None:
+                dropped.append(layer)
+                nbytes -= layer.payload_bytes
+        self.state.streamer.quiesce()
+        self.state.streamer.evict(dropped)
+        self.budget_bytes = None
+        if nbytes > 0:
+            self.unload()
+
+    @contextlib.contextmanager
+    def masters_bound(self) -> Iterator[None]:
+        """Inside, all parameters are their masters, on the CPU, for a host that changes weights (a LoRA);
+        what it put in their place becomes the master afterwards, and what it puts back later is
+        recognised."""
+        if self.active:
+            self._bind_fixed_masters()
+        try:
+            yield
+        finally:
+            changed = [layer for layer in self.layers if layer.adopt()]
+            self.state.streamer.quiesce()
+            self.state.streamer.evict([layer for layer in changed if layer.resident is not None])
+            for fixed in self._fixed:
+                fixed.adopt()
+            if changed:
+                self.budget_bytes = None
+            if self.active:
+                self._bind_fixed()
+
+    def _bind_fixed_masters(self) -> None:
+        for fixed in self._fixed:
+            fixed.bind(fixed.master)
+
+    def unload(self) -> None:
+        """Drops every device copy. Nothing is moved: the masters have been there all the time."""
+        self.state.streamer.quiesce()
+        self.state.streamer.evict([layer for layer in self.layers if layer.resident is not None])
+        if self.plan is not None:
+            self._bind_fixed_masters()
+        self.plan = None
+        for reference in self._roots:
+            root = reference()
+            if root is not None:
+                self.state.streamer.order.forget(id(root))
+        self.state.active.discard(self)
+        self.state.fit()
+
+    def detach(self) -> None:
+        """Gives the module back as it was: its own forwards, its parameters on the CPU (still packed).
+        Idempotent."""
+        self.unload()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for reference, original in self._forwards:
+            module = reference()
+            if module is not None:
+                if original is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.__dict__["forward"] = original
+        self._forwards.clear()
+        self._finalizer.detach()
+        ledger.unregister(self)
+
+    # -------------------------------------------------------------------------------------------------- steps
+    def begin_run(self, steps: int | None) -> None:
+        """A run of `steps` forwards begins (None: not known how many): nothing is fetched for a forward after
+        the last."""
+        self.steps, self.step_index = steps, 0
+
+    def end_run(self) -> None:
+        """The run is over, whether or not all of its forwards came."""
+        self.steps, self.step_index = None, 0
+
+    def begin_step(self, root: torch.nn.Module) -> None:
+        """The forward of `root` (the module, or a part of it that runs by itself) begins."""
+        if self._profiles_left == 0 and not self._replanned:
+            self._replan()
+        self.step_index += 1
+        wrap = None if self.steps is None else self.step_index < self.steps
+        profile = self._profiles_left > 0
+        self._profiles_left -= profile
+        self.state.streamer.begin_step(id(root), wrap=wrap, profile=profile)
+
+    def _replan(self) -> None:
+        """Once, from the times that the first steps measured."""
+        self.state.streamer.timeline.collect()
+        if (
+            self.plan is None
+            or self.budget_bytes is None
+            or any(lay.times.compute_s is None for lay in self.layers)
+        ):
+            return
+        self._replanned = True
+        self.layers.sort(key=lambda layer: layer.times.position)
+        plan = self.make_plan(self.budget_bytes)
+        costs = [LayerCost(layer.name, layer.payload_bytes, _compute_s(layer)) for layer in self.layers]
+        now = planner.predict_step(
+            costs,
+            self.plan.resident,
+            ring_bytes=self.plan.ring_bytes,
+            link_bytes_per_s=self._link_bytes_per_s(),
+        )
+        if plan.step_s < REPLAN_GAIN * now:
+            self.rebalance(self.budget_bytes)
+
+    def acquire(self, layer: Layer) -> Lease | ResidentLease:
+        """The weights of `layer` on the device; see `Streamer.acquire`."""
+        return self.state.streamer.acquire(layer)
+
+    # ---------------------------------------------------------------------------------------------- reporting
+    def snapshot(self) -> dict[str, Any]:
+        """This model's entry in the ledger's snapshot."""
+        states = self.state.streamer.states() if self.active else {}
+        layers = []
+        pinned = 0
+        for index, layer in enumerate(self.layers):
+            home = layer.home
+            pinned += layer.payload_bytes if home.page_locked else 0
+            state = "resident" if layer.resident is not None else states.get(layer, "swapped")
+            layers.append(
+                {
+                    "i": index,
+                    "name": layer.name,
+                    "kind": layer.kind,
+                    "quant": layer.quant,
+                    "bytes": layer.payload_bytes,
+                    "params": layer.elements,
+                    "home": home.kind,
+                    "state": state,
+                    "uses": layer.times.uses,
+                    "stall_us": round(layer.times.stall_s * 1e6),
+                }
+            )
+        swapped = sum(layer.payload_bytes for layer in self.layers if layer.resident is None)
+        return {
+            "name": self.name,
+            "managed": True,
+            "active": self.active,
+            "bytes": {
+                "total": self.payload_bytes + self.fixed_bytes,
+                "fixed": self.fixed_bytes if self.active else 0,
+                "budget": self.budget_bytes,
+                "resident": self.resident_bytes,
+                "ring": self.state.streamer.ring_bytes,
+                "scratch": self.state.scratch.nbytes,
+                "pinned": pinned,
+                "pin_budget": self.state.pin_budget.limit_bytes,
+                "swapped_per_step": swapped if self.active else 0,
+            },
+            "step": self._step_snapshot(swapped),
+            "layers": layers,
+        }
+
+    def _step_snapshot(self, swapped_bytes: int) -> dict[str, Any]:
+        roots = {id(reference()) for reference in self._roots}
+        finished = [step for step in list(self.state.streamer.timeline.finished) if step.root in roots]
+        step: dict[str, Any] = {"index": self.step_index, "of": self.steps}
+        if finished:
+            last = finished[-1]
+            compute = last.seconds - last.stall_s
+            link = self._link_bytes_per_s()
+            step |= {
+                "seconds": last.seconds,
+                "compute_s": compute,
+                "stall_s": last.stall_s,
+                "h2d_bytes": last.h2d_bytes,
+                "link_bytes_per_s": link,
+                "bound_s": max(compute, swapped_bytes / link),
+            }
+        return step
+
+
+def _compute_s(layer: Layer) -> float:
+    measured = layer.times.compute_s
+    return measured if measured is not None else 2 * layer.elements * ASSUMED_TOKENS / ASSUMED_FLOPS
+
+
+def _packed_nbytes(tensor: torch.Tensor) -> int:
+    return (
+        tensor.packed_nbytes if isinstance(tensor, PackedTensor) else tensor.numel() * tensor.element_size()
+    )
+
+
+def _ignoring_module(function: Any) -> Any:
+    return lambda _module, *args, **kwargs: function(*args, **kwargs)
+
+
+def _module_gone(attachment: Attachment) -> None:
+    attachment.unload()
+    ledger.unregister(attachment)
+
+
+def is_weighted(module: torch.nn.Module) -> bool:
+    """What can be swapped unless the host knows better: a leaf of torch's own kinds whose weight is a matrix
+    or a kernel."""
+    weight = module._parameters.get("weight")
+    return (
+        weight is not None
+        and weight.dim() >= 2
+        and not module._modules
+        and isinstance(module, (torch.nn.Linear, torch.nn.modules.conv._ConvNd))
+    )
+
+
+def attach(
+    module: torch.nn.Module,
+    *,
+    device: torch.device | str,
+    location: Location = "auto",
+    budget_bytes: int | None = None,
+    pin_budget_bytes: int | None = None,
+    ring_bytes: int | None = None,
+    arithmetic: Arithmetic = "exact",
+    compute_dtype: torch.dtype | None = None,
+    name: str | None = None,
+) -> Attachment:
+    """Runs `module` on `device` with weights that need not fit there.
+
+    Args:
+        module: its parameters on the CPU, packed (`PackedTensor`) or plain.
+        location: where the masters live; see `home`.
+        budget_bytes: device bytes for weights: fixed ones, residents, ring and scratch. None: what is
+            free, less an eighth.
+        pin_budget_bytes: page-locked bytes, staging included, for all models of this device. None: 60 %
+            of RAM (Windows: 40 %).
+        ring_bytes: None: chosen by the planner.
+        arithmetic: "exact", or "like Forge" to reproduce its rounding.
+        compute_dtype: what layers compute in, for sizing the scratch and for "like Forge". None: what
+            they are given.
+
+    Raises:
+        ValueError: an unknown location or device.
+        torch.OutOfMemoryError: the device has no room for fixed weights, scratch and the largest layer.
+    """
+    if location not in LOCATIONS:
+        raise ValueError(f"location is {location!r}; choose one of {', '.join(LOCATIONS)}")
+    attachment = Attachment(
+        module,
+        device_of(device),
+        name=name or type(module).__name__,
+        location=location,
+        pin_budget_bytes=pin_budget_bytes,
+        ring_bytes=ring_bytes,
+        arithmetic=arithmetic,
+        compute_dtype=compute_dtype,
+        can_swap=is_weighted,
+        roots=None,
+    )
+    attachment.replace_forwards()
+    attachment.rebalance(budget_bytes)
+    return attachment
+
+
+@contextlib.contextmanager
+def attached(module: torch.nn.Module, **options: Any) -> Iterator[Attachment]:
+    """`attach`, undone at the end of the block."""
+    attachment = attach(module, **options)
+    try:
+        yield attachment
+    finally:
+        attachment.detach()
+
+
+__all__ = ["Attachment", "Part", "attach", "attached", "state_of"]

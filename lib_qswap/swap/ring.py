@@ -1,0 +1,69 @@
+"""The ring: one preallocated run of device memory that swapped layers pass through, slot by slot.
+
+Pure bookkeeping over byte positions that only ever grow; a position's place in the buffer is its remainder.
+Slots are taken in order and never wrap around the end of the buffer, so that a payload is always one
+contiguous copy.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+
+class Slot:
+    """A stretch of the ring. `start` and `end` are positions, `offset` is the place of `start` in the
+    buffer."""
+
+    __slots__ = ("end", "free", "offset", "previous_head", "start")
+
+    def __init__(self, start: int, end: int, offset: int, previous_head: int) -> None:
+        self.start, self.end, self.offset = start, end, offset
+        self.previous_head = previous_head
+        self.free = False
+
+
+class Ring:
+    """Slots of `capacity_bytes` bytes, first in, first out."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self._head = 0
+        self._slots: deque[Slot] = deque()
+        self._retired: list[tuple[int, int, Any]] = []
+
+    def take(self, nbytes: int) -> Slot | None:
+        """The next `nbytes`, or None while the oldest slots are still in use."""
+        start = self._head
+        room = self.capacity_bytes - start % self.capacity_bytes if self.capacity_bytes else 0
+        if nbytes > room:
+            start += room  # What is left before the end of the buffer is too short: it is skipped.
+        tail = self._slots[0].start if self._slots else start
+        if nbytes > self.capacity_bytes or start + nbytes - tail > self.capacity_bytes:
+            return None
+        slot = Slot(start, start + nbytes, start % self.capacity_bytes, self._head)
+        self._head = slot.end
+        self._slots.append(slot)
+        return slot
+
+    def give_back_newest(self, slot: Slot) -> None:
+        """Takes back the slot that was taken last, as if it had never been."""
+        if not self._slots or self._slots[-1] is not slot:
+            raise ValueError("only the newest slot can be taken back")
+        self._slots.pop()
+        self._head = slot.previous_head
+
+    def release(self, slot: Slot, done: Any) -> None:
+        """The slot may be written again once the event `done` has happened."""
+        slot.free = True
+        self._retired.append((slot.start, slot.end, done))
+        while self._slots and self._slots[0].free:
+            self._slots.popleft()
+
+    def wait_for(self, slot: Slot) -> list[Any]:
+        """The events after which `slot` may be written: those of the slots that lay there one round ago. Each
+        is returned once."""
+        end = slot.end - self.capacity_bytes
+        waits = [done for first, _, done in self._retired if first < end]
+        self._retired = [entry for entry in self._retired if entry[0] >= end]
+        return waits

@@ -1,0 +1,289 @@
+"""Hands out the weights of layers at the moment they are used, and fetches those of the layers that come
+next.
+
+One streamer serves all models on a device: its ring is the only device memory that swapped layers need.
+Nothing here waits for the
+device: the compute stream is ordered after a layer's copy, and a later copy into the same slot after that
+    compute, by events. The calling thread
+waits only for the copier's worker to have *issued* a copy.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from lib_qswap.swap.copier import Copier, Transfer
+from lib_qswap.swap.device import Device, align
+from lib_qswap.swap.layer import Layer
+from lib_qswap.swap.order import Order
+from lib_qswap.swap.ring import Ring
+from lib_qswap.swap.timeline import Timeline
+
+KEPT_VIEWS = 4096
+
+
+class ResidentLease:
+    """The weights of a layer that has a permanent copy on the device."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: dict[str, torch.Tensor]) -> None:
+        self.parts = parts
+
+    def release(self) -> None:
+        """Nothing to give back."""
+
+
+class Lease:
+    """The weights of a swapped layer, valid for work that is issued to the compute stream before
+    `release`."""
+
+    __slots__ = ("_streamer", "parts", "transfer")
+
+    def __init__(self, parts: dict[str, torch.Tensor], transfer: Transfer, streamer: Streamer) -> None:
+        self.parts = parts
+        self.transfer: Transfer | None = transfer
+        self._streamer = streamer
+
+    def release(self) -> None:
+        """The layer's compute is enqueued: its slot may be filled again behind it. Idempotent."""
+        transfer, self.transfer = self.transfer, None
+        if transfer is not None:
+            self._streamer._release(transfer)
+
+
+class Streamer:
+    """The ring of one device, what is in it, and what comes next.
+
+    Attributes:
+        misses: uses that were not predicted; each costs a copy that nothing hides.
+        overflows: uses that found the ring full of leases and were served from memory outside the budget.
+    """
+
+    def __init__(self, device: Device, copier: Copier) -> None:
+        self.device = device
+        self.copier = copier
+        self.order: Order[Layer] = Order()
+        self.timeline = Timeline(device)
+        self.misses = 0
+        self.overflows = 0
+        self.wrap = False
+        self._lock = threading.RLock()
+        self._ring = Ring(0)
+        self._buffer: torch.Tensor | None = None
+        self._views: dict[tuple[int, Layer], dict[str, torch.Tensor]] = {}
+        self._ahead: deque[Transfer] = deque()
+        self._leased: dict[Transfer, None] = {}
+        self._retired: deque[tuple[Transfer, Any]] = deque(maxlen=64)
+
+    # ------------------------------------------------------------------------------------------ between steps
+    @property
+    def ring_bytes(self) -> int:
+        return 0 if self._buffer is None else self._buffer.numel()
+
+    def resize(self, ring_bytes: int) -> None:
+        """Gives the ring another size (0: none). What was fetched ahead is dropped. Only between steps.
+
+        Raises:
+            torch.OutOfMemoryError: the device has not that much; the ring is then empty.
+        """
+        with self._lock:
+            self.quiesce()
+            if align(ring_bytes) == self.ring_bytes:
+                return
+            self._buffer = None
+            self._ring = Ring(0)
+            if ring_bytes:
+                with torch.inference_mode(False):
+                    self._buffer = torch.empty(
+                        align(ring_bytes), dtype=torch.uint8, device=self.device.device
+                    )
+                self._ring = Ring(self._buffer.numel())
+                self.device.order(self.device.current_stream(), self.copier.stream)
+
+    def quiesce(self) -> None:
+        """Drops what was fetched ahead and reclaims every lease; afterwards device memory may be freed by the
+        calling thread."""
+        with self._lock:
+            self._drop_ahead()
+            for transfer in list(self._leased):
+                self._release(transfer, prefetch=False)
+            self.copier.drain()
+            self.device.order(self.copier.stream, self.device.current_stream())
+            self._views.clear()
+            self._retired.clear()
+            self.timeline.forget()
+
+    def upload(self, layer: Layer) -> None:
+        """Begins the copy that makes `layer` resident; compute is ordered after it at the layer's first use.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room for it.
+        """
+        with torch.inference_mode(False):
+            target = torch.empty(layer.payload_bytes, dtype=torch.uint8, device=self.device.device)
+        self.device.order(self.device.current_stream(), self.copier.stream)
+        layer.resident = target
+        layer.lease = ResidentLease(layer.part_views(target))
+        layer.resident_ready = Transfer(layer, target, None, [])
+        self.copier.submit(layer.resident_ready)
+
+    def evict(self, layers: Sequence[Layer]) -> None:
+        """Drops the permanent copies of `layers`; nothing is moved. Only between steps."""
+        pending = [layer.resident_ready for layer in layers if layer.resident_ready is not None]
+        if pending:
+            for transfer in pending:
+                transfer.cancelled = True
+            self.copier.drain()
+            self.device.order(self.copier.stream, self.device.current_stream())
+        for layer in layers:
+            layer.resident = layer.lease = layer.resident_ready = None
+
+    # -------------------------------------------------------------------------------------------- in the step
+    def begin_step(self, root: Hashable, *, wrap: bool | None, profile: bool) -> None:
+        """The forward of the model `root` begins. `wrap`: whether another forward of it will follow (None:
+        not known)."""
+        with self._lock:
+            for transfer in list(self._leased):  # Abandoned: their forward raised.
+                self._release(transfer, prefetch=False)
+            if not self.order.begin(root):
+                self._drop_ahead()
+            self.wrap = self.order.repeats if wrap is None else wrap
+            self.timeline.begin(root, profile=profile)
+            self._prefetch()
+
+    def end_step(self, root: Hashable) -> None:
+        with self._lock:
+            self.timeline.end(root)
+
+    def acquire(self, layer: Layer) -> Lease | ResidentLease:
+        """The weights of `layer`, for work issued from now on to this thread's compute stream.
+
+        Raises:
+            OSError, GGUFError: its home can no longer be read.
+        """
+        if layer.resident is not None:
+            if layer.resident_ready is not None:
+                self._await(layer.resident_ready)
+                layer.resident_ready = None
+            if self.timeline.profiling:
+                self.timeline.used(layer, None, self.device.current_stream())
+            return layer.lease
+        with self._lock:
+            transfer = self._claim(layer)
+            self._prefetch()
+        self._await(transfer)
+        layer.times.uses += 1
+        return Lease(self._parts(transfer), transfer, self)
+
+    def _parts(self, transfer: Transfer) -> dict[str, torch.Tensor]:
+        """The layer's tensors in its slot. In a steady cycle a layer comes to the same few slots again and
+        again."""
+        if transfer.slot is None:
+            return transfer.layer.part_views(transfer.target)
+        key = (transfer.slot.offset, transfer.layer)
+        parts = self._views.get(key)
+        if parts is None:
+            if len(self._views) >= KEPT_VIEWS:
+                self._views.clear()
+            parts = self._views[key] = transfer.layer.part_views(transfer.target)
+        return parts
+
+    def _await(self, transfer: Transfer) -> None:
+        stream = self.device.current_stream()
+        begun = self.timeline.mark(stream)
+        transfer.issued.wait()
+        if transfer.error is not None:
+            self._release(transfer, prefetch=False)
+            if transfer is transfer.layer.resident_ready:
+                self.evict([transfer.layer])
+            raise transfer.error
+        self.device.wait(transfer.ready, stream)
+        if transfer.slot is not None:
+            self.timeline.used(transfer.layer, transfer, stream, begun)
+
+    def _claim(self, layer: Layer) -> Transfer:
+        expected = self.order.use(layer)
+        if expected and self._ahead and self._ahead[0].layer is layer:
+            transfer = self._ahead.popleft()
+        else:
+            self.misses += 1
+            self._drop_ahead()
+            transfer = self._fetch(layer) or self._overflow(layer)
+        self._leased[transfer] = None
+        return transfer
+
+    def _fetch(self, layer: Layer) -> Transfer | None:
+        slot = self._ring.take(layer.payload_bytes)
+        if slot is None:
+            return None
+        assert self._buffer is not None
+        target = self._buffer[slot.offset : slot.offset + layer.payload_bytes]
+        transfer = Transfer(layer, target, slot, self._ring.wait_for(slot))
+        self.copier.submit(transfer)
+        return transfer
+
+    def _overflow(self, layer: Layer) -> Transfer:
+        """Serves a layer although every slot is leased (leases nested deeper than the ring is long)."""
+        self.overflows += 1
+        with torch.inference_mode(False):
+            target = torch.empty(layer.payload_bytes, dtype=torch.uint8, device=self.device.device)
+        self.device.order(self.device.current_stream(), self.copier.stream)
+        transfer = Transfer(layer, target, None, [])
+        self.copier.submit(transfer)
+        return transfer
+
+    def _prefetch(self) -> None:
+        while True:
+            layer = self.order.ahead(len(self._ahead), wrap=self.wrap)
+            if layer is None or layer.resident is not None:
+                return
+            transfer = self._fetch(layer)
+            if transfer is None:
+                return
+            self._ahead.append(transfer)
+
+    def _drop_ahead(self) -> None:
+        while self._ahead:
+            transfer = self._ahead.pop()
+            transfer.cancelled = True
+            assert transfer.slot is not None
+            self._ring.give_back_newest(transfer.slot)
+
+    def _release(self, transfer: Transfer, *, prefetch: bool = True) -> None:
+        with self._lock:
+            if transfer not in self._leased:
+                return
+            del self._leased[transfer]
+            done = self.device.new_event()
+            self.device.record(done, self.device.current_stream())
+            self._retired.append((transfer, done))
+            if transfer.slot is not None:
+                self._ring.release(transfer.slot, done)
+            if prefetch:
+                self._prefetch()
+
+    # ------------------------------------------------------------------------------------------- for the page
+    def states(self) -> dict[Layer, str]:
+        """What layers are in the ring, by events that have happened: "fetching", "ready" or "in_use". Any
+        thread may ask."""
+        states: dict[Layer, str] = {}
+        for transfer in [*self._ahead.copy(), *self._leased.copy()]:
+            arrived = transfer.issued.is_set() and transfer.error is None and transfer.ready.query()
+            states[transfer.layer] = "ready" if arrived else "fetching"
+        running = True
+        unfinished = [(transfer, done) for transfer, done in self._retired.copy() if not done.query()]
+        for transfer, _ in unfinished:
+            if running and transfer.ready.query():
+                states[transfer.layer] = "in_use"
+            running = False
+        if running:
+            for transfer in self._leased.copy():
+                if states.get(transfer.layer) == "ready":
+                    states[transfer.layer] = "in_use"
+        return states

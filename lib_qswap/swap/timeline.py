@@ -1,0 +1,138 @@
+"""What the last steps did, from device events: seconds, stalls, and the trace that a profiler page can draw.
+
+Events are recorded in a step and read when they have happened, steps later: nothing here waits for the
+device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+from lib_qswap.swap.copier import Transfer
+from lib_qswap.swap.device import Device
+from lib_qswap.swap.layer import Layer
+
+KEPT_STEPS = 8
+
+
+class Use(NamedTuple):
+    """One use of a layer: events on the compute stream before and after it waited for its weights."""
+
+    layer: Layer
+    begun: Any
+    served: Any
+    transfer: Transfer | None
+
+
+class StepTimes(NamedTuple):
+    """One finished forward of a model.
+
+    seconds: from its begin to its end on the compute stream; stall_s: how long it waited for weights;
+        copy_s: how long the copy stream
+    spent on the transfers used in it; spans: (layer, begin, served, copy begin, copy end) in seconds since
+    the begin.
+    """
+
+    root: Hashable
+    seconds: float
+    stall_s: float
+    copy_s: float
+    h2d_bytes: int
+    spans: list[tuple[str, float, float, float | None, float | None]]
+
+
+class _Step:
+    __slots__ = ("base", "end", "profile", "root", "uses")
+
+    def __init__(self, root: Hashable, base: Any, profile: bool) -> None:
+        self.root, self.base, self.profile = root, base, profile
+        self.end: Any = None
+        self.uses: list[Use] = []
+
+
+class Timeline:
+    """Records steps on one device.
+
+    Attributes:
+        profiling: whether this step also records the layers that need no transfer.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._step: _Step | None = None
+        self._waiting: deque[_Step] = deque(maxlen=4)
+        self.profiling = False
+        self.finished: deque[StepTimes] = deque(maxlen=KEPT_STEPS)
+
+    def begin(self, root: Hashable, *, profile: bool) -> None:
+        if self._step is not None:  # Its forward raised, or another model's runs inside it.
+            self._step = None
+        self.collect()
+        self._step = _Step(root, self.mark(self._device.current_stream()), profile)
+        self.profiling = profile
+
+    def end(self, root: Hashable) -> None:
+        step = self._step
+        if step is not None and step.root == root:
+            step.end = self.mark(self._device.current_stream())
+            self._waiting.append(step)
+            self._step, self.profiling = None, False
+
+    def forget(self) -> None:
+        """The steps that have not been read yet are dropped, and with them what they hold on to."""
+        self.collect()
+        self._waiting.clear()
+        self._step, self.profiling = None, False
+
+    def mark(self, stream: Any) -> Any:
+        """A point in time on `stream`."""
+        event = self._device.new_event(timing=True)
+        self._device.record(event, stream)
+        return event
+
+    def used(self, layer: Layer, transfer: Transfer | None, stream: Any, begun: Any = None) -> None:
+        if self._step is not None:
+            served = self.mark(stream)
+            self._step.uses.append(Use(layer, begun if begun is not None else served, served, transfer))
+
+    def collect(self) -> None:
+        """Reads the steps whose events have all happened."""
+        while self._waiting and self._waiting[0].end.query():
+            self._read(self._waiting.popleft())
+
+    def _read(self, step: _Step) -> None:
+        def seconds(first: Any, then: Any) -> float:
+            return max(0.0, first.elapsed_time(then) * 1e-3)
+
+        spans: list[tuple[str, float, float, float | None, float | None]] = []
+        stall = copy = 0.0
+        h2d_bytes = 0
+        compute: dict[Layer, float] = {}
+        for use, following in itertools.zip_longest(step.uses, step.uses[1:]):
+            waited = 0.0 if use.begun is use.served else seconds(use.begun, use.served)
+            stall += waited
+            use.layer.times.stall_s = waited
+            use.layer.times.stall_total_s += waited
+            until = step.end if following is None else following.begun
+            compute[use.layer] = compute.get(use.layer, 0.0) + seconds(use.served, until)
+            fetched: tuple[float, float] | tuple[None, None] = (None, None)
+            if use.transfer is not None:
+                h2d_bytes += use.transfer.target.numel()
+                copy += seconds(use.transfer.started, use.transfer.ready)
+                # The copy may have begun in the step before: a negative time.
+                fetched = (
+                    step.base.elapsed_time(use.transfer.started) * 1e-3,
+                    step.base.elapsed_time(use.transfer.ready) * 1e-3,
+                )
+            spans.append(
+                (use.layer.name, seconds(step.base, use.begun), seconds(step.base, use.served), *fetched)
+            )
+        if step.profile:
+            for position, (layer, took) in enumerate(compute.items()):
+                layer.times.compute_s, layer.times.position = took, position
+        self.finished.append(
+            StepTimes(step.root, seconds(step.base, step.end), stall, copy, h2d_bytes, spans)
+        )
