@@ -118,8 +118,8 @@
             this.tiles = new Map();
         }
 
-        update(model) {
-            for (const figure of qswap.words.figures(model)) {
+        update(model, device) {
+            for (const figure of qswap.words.figures(model, device)) {
                 if (!this.tiles.has(figure.id)) {
                     this.addTile(figure.id);
                 }
@@ -153,7 +153,7 @@
             for (const place of qswap.words.PLACES) {
                 this.add(place.id, place.label, place.says, `qswap-cell qswap-at-${place.id}`);
             }
-            this.add("slow", "Waited for", "made the GPU wait", "qswap-cell qswap-at-none qswap-slow");
+            this.add("slow", "Waited for", "made the device wait in its last use", "qswap-cell qswap-at-none qswap-slow");
         }
 
         add(id, name, says, swatchClass) {
@@ -409,11 +409,12 @@
             // What the reader opened or closed stays so; until then the models that are active are open.
             this.touched = false;
             head.addEventListener("click", () => (this.touched = true));
-            this.root.addEventListener("toggle", () => this.update(this.model));
+            this.root.addEventListener("toggle", () => this.update(this.model, this.device));
         }
 
-        update(model) {
+        update(model, device) {
             this.model = model;
+            this.device = device;
             const managed = qswap.words.isManaged(model);
             this.pill.setText(!managed ? "Left to the host" : model.active ? "Active" : "Not loaded");
             setAttribute(this.pill, "data-tone", !managed ? "off" : model.active ? "on" : "off");
@@ -427,7 +428,7 @@
                 this.root.open = Boolean(model.active);
             }
             if (this.root.open) {
-                this.figures.update(model);
+                this.figures.update(model, device);
                 this.legend.update(model.layers);
                 this.strip.update(model.name, model.layers);
                 if (this.table && !this.table.root.hidden) {
@@ -582,7 +583,7 @@
 
         draw(snapshot) {
             const enabled = snapshot.enabled !== false;
-            const verdict = enabled ? qswap.words.verdict(snapshot) : { tone: "off", text: "QSwap is off." };
+            const verdict = enabled ? qswap.words.verdict(snapshot) : { tone: "off", text: qswap.words.whyOff(snapshot) };
             show(this.verdict, true);
             this.verdict.setText(verdict.text);
             setAttribute(this.verdict, "data-tone", verdict.tone);
@@ -594,11 +595,11 @@
                 return;
             }
             this.memory.update(snapshot);
-            this.drawModels(qswap.words.list(snapshot.models));
+            this.drawModels(qswap.words.list(snapshot.models), qswap.words.deviceWord(snapshot));
             this.messages.update(snapshot);
         }
 
-        drawModels(models) {
+        drawModels(models, device) {
             const key = (model) => [model.name, model.layout, qswap.words.list(model.layers).length];
             const keys = JSON.stringify(models.map(key));
             if (keys !== this.keys) {
@@ -607,7 +608,7 @@
                 this.cards = models.map((model) => new ModelCard(model, this.tooltip));
                 this.models.replaceChildren(...this.cards.map((card) => card.root));
             }
-            models.forEach((model, nth) => this.cards[nth].update(model));
+            models.forEach((model, nth) => this.cards[nth].update(model, device));
         }
     };
 })();

@@ -12,10 +12,10 @@
 
     /** Where a layer's weights can be, in the order of the legend: on the device, on the way, at home. */
     const PLACES = [
-        { id: "resident", label: "Resident", says: "has a permanent copy on the GPU" },
+        { id: "resident", label: "Resident", says: "has a permanent copy on the device" },
         { id: "in_use", label: "In use", says: "is computing now" },
-        { id: "ready", label: "Ready in ring", says: "has been fetched and waits for its turn on the GPU" },
-        { id: "fetching", label: "On its way", says: "is being copied to the GPU" },
+        { id: "ready", label: "Ready in ring", says: "has been fetched and waits on the device for its turn" },
+        { id: "fetching", label: "On its way", says: "is being copied to the device" },
         { id: "shared", label: "Shared", says: "is swapped; its home is page-locked RAM" },
         { id: "cpu", label: "CPU", says: "is swapped; its home is pageable RAM" },
         { id: "disk", label: "Disk", says: "is swapped; its home is the model file" },
@@ -24,7 +24,7 @@
     const HOME_WORDS = { shared: "Shared (page-locked RAM)", cpu: "CPU (pageable RAM)", disk: "Disk (the model file)" };
     const LOCATION_WORDS = { auto: "Auto", gpu: "GPU", shared: "Shared", cpu: "CPU", disk: "Disk" };
 
-    // A layer is marked when each use of it made the GPU wait for longer than this.
+    // A layer is marked when its last use made the device wait for longer than this.
     const NOTABLE_STALL_US = 500;
 
     const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
@@ -80,11 +80,7 @@
         return PLACES.some((known) => known.id === place) ? place : "unknown";
     }
 
-    function waitsEachUse(layer) {
-        return isNumber(layer.stall_us) && layer.uses > 0 ? layer.stall_us / layer.uses : 0;
-    }
-
-    const isSlow = (layer) => waitsEachUse(layer) >= NOTABLE_STALL_US;
+    const isSlow = (layer) => layer.stall_us >= NOTABLE_STALL_US;
 
     /** {place id: {layers, bytes}} for every place. */
     function tally(layers) {
@@ -102,17 +98,18 @@
         return isNumber(total) ? total : list(model.layers).reduce((sum, layer) => sum + (layer.bytes || 0), 0);
     }
 
-    function residentBytes(model) {
-        const resident = model.bytes && model.bytes.resident;
-        return isNumber(resident) ? resident : tally(list(model.layers)).resident.bytes;
+    /** Of the weights that stay on the device: resident layers, and parameters that cannot swap. */
+    function stayingBytes(model) {
+        const { resident, fixed } = model.bytes || {};
+        return (isNumber(resident) ? resident : tally(list(model.layers)).resident.bytes) + (fixed || 0);
     }
 
-    function residentShare(model) {
+    function stayingShare(model) {
         const total = totalBytes(model);
-        return total > 0 ? Math.min(1, residentBytes(model) / total) : null;
+        return total > 0 ? Math.min(1, stayingBytes(model) / total) : null;
     }
 
-    /** The share of the last step that the GPU spent waiting for transfers; null before the first step. */
+    /** The share of the last step that the device spent waiting for transfers; null before the first step. */
     function stallShare(model) {
         const step = model.step || {};
         return isNumber(step.stall_s) && step.seconds > 0 ? Math.min(1, step.stall_s / step.seconds) : null;
@@ -120,23 +117,29 @@
 
     const isManaged = (model) => model.managed !== false;
 
-    /** The one sentence at the top: how much is on the GPU, what travels, does it stall. tone: good, wait, idle. */
+    /** What to call the device: the demo also runs where there is no GPU. */
+    function deviceWord(snapshot) {
+        return /^(cuda|hip|xpu|mps)/.test(String(snapshot.device)) ? "GPU" : "device";
+    }
+
+    /** The one sentence at the top: how much is on the device, what travels, does it stall. tone: good, wait, idle. */
     function verdict(snapshot) {
         const models = list(snapshot.models);
+        const device = deviceWord(snapshot);
         const model = models.find((each) => each.active && isManaged(each) && list(each.layers).length > 0);
         if (!model) {
             return {
                 tone: "idle",
-                text: models.length ? "No swapped model is on the GPU now." : "No model is loaded yet. Start a generation.",
+                text: models.length ? `No model of QSwap is on the ${device} now.` : "No model is loaded yet. Start a generation.",
             };
         }
-        const share = residentShare(model);
+        const share = stayingShare(model);
         const travels = model.bytes && model.bytes.swapped_per_step;
         const stall = stallShare(model);
         if (share === 1 || travels === 0) {
-            return { tone: "good", text: `All of ${model.name} is on the GPU. Nothing travels.` };
+            return { tone: "good", text: `All of ${model.name} is on the ${device}. Nothing travels.` };
         }
-        let text = `${percent(share)} of ${model.name} stays on the GPU`;
+        let text = `${percent(share)} of ${model.name} stays on the ${device}`;
         if (isNumber(travels)) {
             text += `, ${bytes(travels)} travel in each step`;
         }
@@ -146,26 +149,26 @@
         if (stall < 0.03) {
             return { tone: "good", text: `${text}, hidden behind the computation.` };
         }
-        return { tone: "wait", text: `${text}, and the GPU waits for them ${percent(stall)} of the time.` };
+        return { tone: "wait", text: `${text}, and the ${device} waits for them ${percent(stall)} of the time.` };
     }
 
     /** The five numbers of a model: [{id, label, value, detail, share}], share in 0..1 for those with a bar. */
-    function figures(model) {
+    function figures(model, device) {
         const size = model.bytes || {};
         const step = model.step || {};
         const stall = stallShare(model);
         const rate = isNumber(step.h2d_bytes) && step.seconds > 0 ? step.h2d_bytes / step.seconds : null;
         const bound =
             step.bound_s > step.compute_s * 1.02
-                ? "the link is the limit: a larger GPU budget helps"
-                : "transfers are hidden";
+                ? "; the link is the limit, a larger budget helps"
+                : "";
         return [
             {
                 id: "resident",
-                label: "On the GPU",
-                value: percent(residentShare(model)),
-                detail: `${bytes(residentBytes(model))} of ${bytes(totalBytes(model))}`,
-                share: residentShare(model),
+                label: `On the ${device}`,
+                value: percent(stayingShare(model)),
+                detail: `${bytes(stayingBytes(model))} of ${bytes(totalBytes(model))}`,
+                share: stayingShare(model),
             },
             {
                 id: "travels",
@@ -188,7 +191,7 @@
                         ? "no step yet"
                         : stall < 0.03
                           ? `${percent(stall)} of the step`
-                          : `${percent(stall)} of the step; ${bound}`,
+                          : `${percent(stall)} of the step${bound}`,
                 share: stall,
                 bad: stall !== null && stall >= 0.03,
             },
@@ -208,15 +211,14 @@
         if (!(memory.total > 0)) {
             return null;
         }
-        const sum = (field) =>
-            list(snapshot.models)
-                .filter((model) => model.active)
-                .reduce((total, model) => total + ((model.bytes && model.bytes[field]) || 0), 0);
+        const all = (field) => list(snapshot.models).map((model) => (model.bytes && model.bytes[field]) || 0);
+        const sum = (field) => all(field).reduce((total, each) => total + each, 0);
+        const shared = (field) => Math.max(0, ...all(field)); // one for all models of the device
         const parts = [
             { id: "fixed", label: "Fixed", bytes: sum("fixed") },
             { id: "resident", label: "Resident", bytes: sum("resident") },
-            { id: "ring", label: "Ring", bytes: sum("ring") },
-            { id: "scratch", label: "Unpacking", bytes: sum("scratch") },
+            { id: "ring", label: "Ring", bytes: shared("ring") },
+            { id: "scratch", label: "Unpacking", bytes: shared("scratch") },
         ];
         const known = parts.reduce((total, part) => total + part.bytes, 0);
         const free = Math.max(0, memory.free || 0);
@@ -265,14 +267,13 @@
     /** A layer's facts, for its tooltip and its row: [[label, value]…]. */
     function facts(layer) {
         const place = PLACES.find((each) => each.id === placeOf(layer));
-        const waits = waitsEachUse(layer);
         return [
             ["Kind", [layer.kind, layer.quant].filter(Boolean).join(", ") || "–"],
             ["Size", bytes(layer.bytes) + (isNumber(layer.params) ? `, ${millions(layer.params)} parameters` : "")],
             ["Now", layer.state === "swapped" ? "Swapped" : place.label],
             ["Home", HOME_WORDS[layer.home] || "–"],
             ["Uses", isNumber(layer.uses) ? layer.uses.toLocaleString("en") : "–"],
-            ["Stall", waits > 0 ? `${seconds(waits / 1e6)} each use` : "none"],
+            ["Stall", layer.stall_us > 0 ? `${seconds(layer.stall_us / 1e6)} in the last use` : "none"],
         ];
     }
 
@@ -289,6 +290,12 @@
         const warnings = all.filter((message) => message.level !== "info" && message.level !== "debug").slice(-most);
         const others = all.filter((message) => !warnings.includes(message)).slice(-Math.max(1, most - warnings.length));
         return all.filter((message) => warnings.includes(message) || others.includes(message)).slice(-most);
+    }
+
+    /** Why QSwap is off, where its host says so. */
+    function whyOff(snapshot) {
+        const host = snapshot.host || {};
+        return host.supported === false && host.reason ? `QSwap is off: ${host.reason}` : "QSwap is off.";
     }
 
     function clock(t) {
@@ -313,6 +320,7 @@
         clock,
         count,
         deviceMemory,
+        deviceWord,
         facts,
         figures,
         isManaged,
@@ -321,11 +329,11 @@
         list,
         percent,
         placeOf,
-        residentShare,
         sections,
         tally,
         totalBytes,
         unfoldLayers,
         verdict,
+        whyOff,
     };
 })();

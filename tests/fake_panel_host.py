@@ -62,7 +62,7 @@ def _layer(i: int, name: str, kind: str, quant: str, size: int, params: int) -> 
 
 
 class FakeHost:
-    """Plays 20 steps of a Flux-sized model over and over; the text encoder is unloaded, the VAE left to Forge.
+    """Plays 20 steps of a Flux-sized model over and over, a text encoder unloaded, a VAE left to Forge.
 
     layers: the static fields of the main model's layers. clock: the moment in seconds; a test sets it.
     """
@@ -161,11 +161,11 @@ class FakeHost:
                 "home": self._home[i],
                 "state": states[i],
                 "uses": int(step) + (i <= head),
-                "stall_us": 0 if self._home[i] == "shared" else (int(step) + (i <= head)) * 900,
+                "stall_us": 0 if self._home[i] == "shared" or self._resident[i] else 900,
             }
             for i, layer in enumerate(self.layers)
         ]
-        total = sum(layer["bytes"] for layer in layers)
+        swappable = sum(layer["bytes"] for layer in layers)
         resident = sum(
             layer["bytes"] for layer, stays in zip(self.layers, self._resident, strict=True) if stays
         )
@@ -180,7 +180,7 @@ class FakeHost:
             "active": True,
             "managed": True,
             "bytes": {
-                "total": total,
+                "total": swappable + 78 * MB,
                 "budget": resident + ring + 142 * MB,
                 "resident": resident,
                 "ring": ring,
@@ -188,7 +188,7 @@ class FakeHost:
                 "scratch": 64 * MB,
                 "pinned": pinned,
                 "pin_budget": 4096 * MB,
-                "swapped_per_step": total - resident,
+                "swapped_per_step": swappable - resident,
             },
             "step": {
                 "index": int(step) % STEPS + 1,
@@ -196,7 +196,7 @@ class FakeHost:
                 "seconds": STEP_S,
                 "compute_s": 1.90,
                 "stall_s": 0.02,
-                "h2d_bytes": total - resident,
+                "h2d_bytes": swappable - resident,
                 "bound_s": 1.90,
             },
             "layers": layers,

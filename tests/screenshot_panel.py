@@ -1,4 +1,4 @@
-"""Pictures of the panel: `python tests/screenshot_panel.py URL` writes docs/panel-light.png and panel-dark.png.
+"""Pictures of the panel: `tests/screenshot_panel.py URL` writes docs/panel-light.png and docs/panel-dark.png.
 
 URL is a page that shows the panel: the demo's, the web UI's (a closed accordion named "QSwap memory" is
 opened), or the one of `python tests/fake_panel_host.py`.

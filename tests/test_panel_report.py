@@ -96,7 +96,7 @@ def test_the_summary_has_the_numbers_of_the_step_and_the_warnings():
 def test_missing_numbers_are_dashes_and_no_error():
     snapshot = {"models": [{"name": "m", "step": None, "bytes": {}, "layers": [{"name": "a"}]}]}
 
-    assert summary_lines(snapshot) == ["m: 1 layer, - of 0 B resident, ring -, page-locked - of -"]
+    assert summary_lines(snapshot) == ["m: 1 layer, - of 0 B resident, - fixed, ring -, page-locked - of -"]
     assert "1 x ?" in residency_table(snapshot)
 
 

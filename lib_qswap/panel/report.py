@@ -99,8 +99,8 @@ def _model_summary(model: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{name}: {len(layers)} {'layer' if len(layers) == 1 else 'layers'}, "
         f"{format_bytes(size.get('resident'))} of {format_bytes(total)} resident, "
-        f"ring {format_bytes(size.get('ring'))}, page-locked {format_bytes(size.get('pinned'))} "
-        f"of {format_bytes(size.get('pin_budget'))}"
+        f"{format_bytes(size.get('fixed'))} fixed, ring {format_bytes(size.get('ring'))}, "
+        f"page-locked {format_bytes(size.get('pinned'))} of {format_bytes(size.get('pin_budget'))}"
     ]
     seconds = step.get("seconds")
     if seconds:

@@ -32,7 +32,7 @@ _BODY_LIMIT_BYTES = 64 * 1024
 
 
 def add_routes(app: FastAPI, host: PanelHost, *, dependencies: Sequence[Any] = ()) -> None:
-    """Adds the panel's routes to `app`: residency and trace (GET), settings and plan (POST), under /qswap/v1/.
+    """Adds the panel's routes to `app`: residency and trace (GET), settings and plan (POST).
 
     dependencies: what FastAPI checks before each of them, so that the host can put them behind its login.
     """
@@ -71,7 +71,7 @@ def add_routes(app: FastAPI, host: PanelHost, *, dependencies: Sequence[Any] = (
 
 
 def _with_layout(model: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
-    """A model's entry with its `layout`; for a client that knows that layout, `changing` in place of `layers`."""
+    """A model's entry with its `layout`; for a client that knows it, with `changing` in place of `layers`."""
     layers = model.get("layers")
     if not layers:
         return dict(model)
@@ -95,7 +95,7 @@ def _digit(words: tuple[str, ...], word: Any) -> str:
 
 
 async def _ask(call: Any, request: Request) -> Response:
-    """Passes the JSON object in a request's body to the host, on a worker thread: it may have to wait there."""
+    """Passes the JSON object in a request's body to the host, on a worker thread, where it may wait."""
     try:
         return _json(await run_in_threadpool(call, await _json_object(request)))
     except ValueError as error:
