@@ -176,7 +176,9 @@ def top_of_page(forge, controls):
     forge.script_callbacks.on_after_component(controls.watch_component)
     with gr.Blocks() as page:
         forge.main_entry.make_checkpoint_manager_ui()
-    labels = {block_id: getattr(block, "label", None) or "page" for block_id, block in page.blocks.items()}
+    labels = {
+        number: block.elem_id or getattr(block, "label", "page") for number, block in page.blocks.items()
+    }
     return {
         (labels.get(component, "page"), event): function.fn
         for function in page.fns.values()
@@ -193,13 +195,23 @@ def test_a_slider_that_the_user_moves_limits_the_weights(forge, controls):
     assert controls.inference_minimum_bytes() == (8192 - 3000) << 20
 
 
+def test_only_the_slider_at_the_top_of_the_page_is_listened_to(forge, controls, capsys):
+    assert set(top_of_page(forge, controls)) == {
+        ("forge_ui_preset", "change"),
+        ("page", "load"),
+        ("GPU Weights (MB)", "input"),
+    }
+    controls.watch_component(gr.Slider(label="GPU Weights (MB)"))  # made outside of a page
+    assert capsys.readouterr().out == ""
+
+
 def test_a_slider_that_a_preset_moves_does_not(forge, controls):
     forge.main_entry.ui_refresh_memory_management_settings(3000)
     assert controls.weight_limit_bytes() is None
     assert controls.inference_minimum_bytes() == 1 << 30
 
 
-@pytest.mark.parametrize("event", [("UI", "change"), ("page", "load")])
+@pytest.mark.parametrize("event", [("forge_ui_preset", "change"), ("page", "load")])
 def test_a_preset_or_a_page_load_ends_the_users_limit(forge, controls, event):
     events = top_of_page(forge, controls)
     events["GPU Weights (MB)", "input"](3000)

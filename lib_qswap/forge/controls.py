@@ -48,15 +48,18 @@ def patches() -> list[Patch]:
 
 @fails_soft(None)
 def watch_component(component: Any, **_kwargs: Any) -> None:
-    """For `on_after_component`: finds the preset and the slider at the top of the page (the slider has no id)
-    and listens to the user's hand."""
+    """For `on_after_component`: finds the preset and the slider at the top of the page and listens to the user."""
     from gradio.context import Context
 
-    if getattr(component, "elem_id", None) == "forge_ui_preset":
+    if Context.root_block is None:
+        return
+    elem_id, label = getattr(component, "elem_id", None), getattr(component, "label", None)
+    if elem_id == "forge_ui_preset":
         _listen(component.change, _forget_limit)
-        if Context.root_block is not None:
-            _listen(Context.root_block.load, _forget_limit)
-    elif getattr(component, "label", None) == "GPU Weights (MB)":
+        _listen(Context.root_block.load, _forget_limit)
+    elif (
+        label == "GPU Weights (MB)" and elem_id is None
+    ):  # the presets' defaults have that label too, and an id
         # Unlike `change`, `input` does not fire when a preset sets the slider.
         _listen(component.input, _note_slider, inputs=[component])
 

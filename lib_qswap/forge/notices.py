@@ -25,8 +25,8 @@ class _Console(logging.Handler):
 
 
 def to_console(level: Level) -> None:
-    """Lets QSwap's log, from here and from the parts that do not know Forge, reach the console from `level` on.
-    The panel has it all."""
+    """Lets QSwap's log, from here and from the parts that do not know Forge, reach the console from `level`
+    on. The panel has it all."""
     ledger.log.setLevel(level.upper())
     if not any(type(handler).__qualname__ == _Console.__qualname__ for handler in ledger.log.handlers):
         ledger.log.addHandler(_Console())

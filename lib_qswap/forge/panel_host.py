@@ -6,20 +6,20 @@ from typing import Any
 
 from lib_qswap.swap import ledger
 
-from . import extension, settings
+from . import controls, extension, settings
 
 
 class ForgePanelHost:
     """Answers the panel's routes (`lib_qswap.panel.host.PanelHost`)."""
 
     def snapshot(self) -> dict[str, Any]:
-        """The ledger's snapshot, with whether QSwap is on, what the probe found (`host`) and the options
-        (`settings`)."""
+        """The ledger's snapshot, with whether QSwap is on, the options (`settings`), and in `host` what the probe
+        found and the limit that the user set with Forge's GPU Weights (`weight_limit_bytes`, null: none)."""
         stored = settings.stored()
         return {
             **ledger.snapshot(),
             "enabled": extension.applied(),
-            "host": extension.status(),
+            "host": {**extension.status(), "weight_limit_bytes": controls.weight_limit_bytes()},
             "settings": {key: stored.get(key, option.default) for key, option in settings.OPTIONS.items()},
         }
 

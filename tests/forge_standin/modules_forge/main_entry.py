@@ -10,13 +10,14 @@ ui_forge_inference_memory = None
 def make_checkpoint_manager_ui():
     """The top of the page, in an open `gr.Blocks`."""
     global ui_forge_inference_memory
+    preset_default = gr.Slider(label="GPU Weights (MB)", elem_id="setting_flux_GPU_MB")
     preset = gr.Radio(
         label="UI", choices=["sd", "xl", "flux", "all"], value="flux", elem_id="forge_ui_preset"
     )
     ui_forge_inference_memory = gr.Slider(
         label="GPU Weights (MB)", value=total_vram - 1024, maximum=total_vram
     )
-    for component in (preset, ui_forge_inference_memory):
+    for component in (preset, preset_default, ui_forge_inference_memory):
         script_callbacks.run("after_component", component, elem_id=component.elem_id)
     ui_forge_inference_memory.change(
         ui_refresh_memory_management_settings, inputs=[ui_forge_inference_memory]
