@@ -16,10 +16,10 @@ from .words import BLOCK_GRANULE
 
 Arithmetic = Literal["exact", "like Forge"]
 
-# Per thread: measured, larger chunks leave the second-level cache, smaller ones are mostly calls.
-_CPU_CHUNK_ELEMENTS = 1 << 18
-# No type takes more than 8 bytes of temporaries for an element: at most 64 MB.
-_DEVICE_CHUNK_ELEMENTS = 1 << 23
+# For each thread. Smaller chunks spend their time on calls, larger ones on memory outside the caches.
+_CPU_CHUNK_ELEMENTS = 1 << 19
+# No type takes more than 8 bytes of temporaries for an element.
+_CHUNK_ELEMENTS = 1 << 23
 
 
 def unpack(
@@ -93,7 +93,10 @@ def _in_chunks(
     """Call `function` for every chunk. `direct`: it may write into `values` itself in any dtype."""
     on_cpu = values.device.type == "cpu"
     count, elements = values.shape
-    chunk = (_CPU_CHUNK_ELEMENTS * torch.get_num_threads() if on_cpu else _DEVICE_CHUNK_ELEMENTS) // elements
+    chunk_elements = (
+        min(_CPU_CHUNK_ELEMENTS * torch.get_num_threads(), _CHUNK_ELEMENTS) if on_cpu else _CHUNK_ELEMENTS
+    )
+    chunk = chunk_elements // elements
     # On the CPU planes are written in fp32 and rounded in one contiguous pass: short strided ones are slow.
     written = torch.float32 if on_cpu else rounding or values.dtype
     buffer = None

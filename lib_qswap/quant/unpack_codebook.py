@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .words import as_words, every_byte, half_scale
+from .words import as_words, bit_fields, every_byte, half_scale
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # E2M1 (sign, two exponent bits, one mantissa bit), doubled to be whole; the block scale is halved for that.
@@ -47,11 +47,7 @@ def unpack_iq4_xs(blocks: Tensor, out: Tensor) -> None:
     """fp16 d, 2 bytes of scale tops, 4 of scale nibbles, 8 x 16 of nibbles; d * (sc - 32) * value."""
     n = blocks.shape[0]
     head = blocks.view(torch.int32)[:, :2]
-    scales = torch.empty((n, 8), dtype=torch.int32, device=blocks.device)
-    for group in range(8):
-        low = (head[:, 1] >> 4 * group).bitwise_and_(0x0F)
-        top = (head[:, 0] >> 16 + 2 * group).bitwise_and_(3)
-        torch.add(low, top, alpha=16, out=scales[:, group])
+    scales = bit_fields(head[:, 1:], 4, 4, 8).add_(bit_fields(head[:, :1] >> 16, 2, 2, 8), alpha=16)
     scale = scales.float().sub_(32).mul_(half_scale(blocks, 0)).view(8 * n, 1)
     words = blocks.view(torch.int64)[:, 1:]
     halves = out.view(8 * n, 32)

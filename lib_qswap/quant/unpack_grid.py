@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import iq_grids
 from .iq_grids import Grid, grid_rows
-from .words import constant, half_scale
+from .words import bit_fields, half_scale
 
 
 @lru_cache(maxsize=16)
@@ -37,12 +37,6 @@ def _nibbles(data: Tensor) -> Tensor:
     return torch.stack((data & 0x0F, data >> 4), 2).flatten(1).float()
 
 
-def _bit_fields(data: Tensor, width: int, step: int, count: int) -> Tensor:
-    """int32 (n, m) -> int32 (n, m * count): `count` fields of `width` bits, `step` apart, lowest first."""
-    shifts = constant(data.device, torch.int32, *range(0, step * count, step))
-    return (data[:, :, None] >> shifts).bitwise_and_((1 << width) - 1).flatten(1)
-
-
 def _write(grid: Grid, index: Tensor, signs: Tensor, scale: Tensor, out: Tensor) -> None:
     """index (n, rows), signs int64 (n, 32) for 8 elements each, scale fp32 (n, groups) -> out (n, 256)."""
     n, groups = scale.shape
@@ -59,7 +53,7 @@ def unpack_iq2_xxs(blocks: Tensor, out: Tensor) -> None:
     groups = blocks[:, 2:].contiguous().view(torch.int32).view(n, 8, 2)
     index = groups[:, :, 0].contiguous().view(torch.uint8).view(n, 32).int()
     high = groups[:, :, 1].contiguous()
-    signs = _seven_signs(blocks.device).index_select(0, _bit_fields(high, 7, 7, 4).view(-1))
+    signs = _seven_signs(blocks.device).index_select(0, bit_fields(high, 7, 7, 4).view(-1))
     scale = (high >> 28).bitwise_and_(15).float().add_(0.5).mul_(half_scale(blocks, 0).mul_(0.25))
     _write(iq_grids.IQ2_XXS, index, signs, scale, out)
 
@@ -74,7 +68,7 @@ def unpack_iq2_xs(blocks: Tensor, out: Tensor) -> None:
 
 def unpack_iq2_s(blocks: Tensor, out: Tensor) -> None:
     """fp16 d, 32 index bytes, 32 sign bytes, 8 bytes of index tops, 16 scale nibbles; as IQ2_XS."""
-    tops = _bit_fields(blocks[:, 66:74].int(), 2, 2, 4)
+    tops = bit_fields(blocks[:, 66:74].int(), 2, 2, 4)
     index = tops.bitwise_left_shift_(8).bitwise_or_(blocks[:, 2:34])
     signs = _sign_bytes(blocks.device).index_select(0, blocks[:, 34:66].int().view(-1))
     scale = _nibbles(blocks[:, 74:]).add_(0.5).mul_(half_scale(blocks, 0).mul_(0.25))
@@ -84,14 +78,14 @@ def unpack_iq2_s(blocks: Tensor, out: Tensor) -> None:
 def unpack_iq3_xxs(blocks: Tensor, out: Tensor) -> None:
     """fp16 d, 64 index bytes, 8 x (4 signs of 7 bits, 4-bit scale); d * (sc + 1/2) / 2 * grid * sign."""
     high = blocks[:, 66:].contiguous().view(torch.int32)
-    signs = _seven_signs(blocks.device).index_select(0, _bit_fields(high, 7, 7, 4).view(-1))
+    signs = _seven_signs(blocks.device).index_select(0, bit_fields(high, 7, 7, 4).view(-1))
     scale = (high >> 28).bitwise_and_(15).float().add_(0.5).mul_(half_scale(blocks, 0).mul_(0.5))
     _write(iq_grids.IQ3_XXS, blocks[:, 2:66].int(), signs, scale, out)
 
 
 def unpack_iq3_s(blocks: Tensor, out: Tensor) -> None:
     """fp16 d, 64 index bytes, 8 of index tops, 32 of signs, 8 scale nibbles; d * (2 sc + 1) * grid * sign."""
-    tops = _bit_fields(blocks[:, 66:74].int(), 1, 1, 8)
+    tops = bit_fields(blocks[:, 66:74].int(), 1, 1, 8)
     index = tops.bitwise_left_shift_(8).bitwise_or_(blocks[:, 2:66])
     signs = _sign_bytes(blocks.device).index_select(0, blocks[:, 74:106].int().view(-1))
     scale = _nibbles(blocks[:, 106:]).mul_(2).add_(1).mul_(half_scale(blocks, 0))
@@ -116,7 +110,7 @@ def unpack_iq1_s(blocks: Tensor, out: Tensor) -> None:
     """fp16 d, 32 index bytes, 8 x (4 tops of 3 bits, 3-bit scale, shift); d * (2 sc + 1) * (grid +- 1/8)."""
     n = blocks.shape[0]
     high = blocks.view(torch.int16)[:, 17:].int()
-    tops = _bit_fields(high, 3, 3, 4).bitwise_left_shift_(8).view(n, 8, 4)
+    tops = bit_fields(high, 3, 3, 4).bitwise_left_shift_(8).view(n, 8, 4)
     tops.bitwise_or_((high >> 4).bitwise_and_(0x800).unsqueeze(2))
     scale = (high >> 12).bitwise_and_(7).float().mul_(2).add_(1).mul_(half_scale(blocks, 0).mul_(1 / 8))
     _write_iq1(tops.view(n, 32).bitwise_or_(blocks[:, 2:34]), scale, out)
@@ -125,10 +119,10 @@ def unpack_iq1_s(blocks: Tensor, out: Tensor) -> None:
 def unpack_iq1_m(blocks: Tensor, out: Tensor) -> None:
     """32 index bytes, 32 x (3-bit top, shift), 4 x (4 scales of 3 bits, a nibble of the fp16 d); as IQ1_S."""
     n = blocks.shape[0]
-    nibbles = _bit_fields(blocks[:, 32:48].int(), 4, 4, 2)
+    nibbles = bit_fields(blocks[:, 32:48].int(), 4, 4, 2)
     index = (nibbles << 8).bitwise_or_(blocks[:, :32])
     high = blocks.view(torch.int16)[:, 24:].int()
     parts = [(high[:, k] >> 12).bitwise_and_(0x0F) << 4 * k for k in range(4)]
     d = (parts[0] | parts[1] | parts[2] | parts[3]).short().view(torch.float16).float().view(n, 1)
-    scale = _bit_fields(high, 3, 3, 4).float().mul_(2).add_(1).mul_(d.mul_(1 / 8))
+    scale = bit_fields(high, 3, 3, 4).float().mul_(2).add_(1).mul_(d.mul_(1 / 8))
     _write_iq1(index, scale, out)

@@ -18,7 +18,7 @@ def _group_scales(small: Tensor, blocks: Tensor, offset: int, dtype: torch.dtype
 
 
 def _six_bit_scales(blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Q4_K's and Q5_K's scales, fp32 (n, 8), and minima, `dtype` (n, 8): d * sc and dmin * m.
+    """Q4_K's and Q5_K's scales and minima, fp32 (n, 8) each: d * sc and dmin * m.
 
     fp16 d, fp16 dmin, then 12 bytes for eight 6-bit sc and m each: the first four sc, the first four m, four
     bytes with the low nibbles of the other sc and m, whose two high bits are the top bits of the first eight
@@ -36,7 +36,7 @@ def _six_bit_scales(blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
         1,
     )
     scales, minima = six.view(torch.uint8).view(n, 2, 8).float().unbind(1)
-    return _group_scales(scales, blocks, 0, dtype), _group_scales(minima, blocks, 2, dtype).to(dtype)
+    return _group_scales(scales, blocks, 0, dtype), _group_scales(minima, blocks, 2, dtype)
 
 
 def unpack_q4_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = torch.float32) -> None:
@@ -100,7 +100,7 @@ def unpack_q2_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = to
     n = blocks.shape[0]
     small_scales, small_minima = (blocks[:, :16] & 0x0F).float(), (blocks[:, :16] >> 4).float()
     scales = _by_plane(_group_scales(small_scales, blocks, 80, computation_dtype))
-    minima = _by_plane(_group_scales(small_minima, blocks, 82, computation_dtype)).to(computation_dtype)
+    minima = _by_plane(_group_scales(small_minima, blocks, 82, computation_dtype))
     words = as_words(blocks.view(torch.int32)[:, 4:20].contiguous())
     planes = out.view(2 * n, 4, 32)
     for plane in range(4):

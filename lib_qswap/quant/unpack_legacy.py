@@ -34,7 +34,7 @@ def unpack_q4_1(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = to
     """fp16 d, fp16 m, 16 bytes of nibbles as in Q4_0; d * q + m."""
     n = blocks.shape[0]
     scale = half_scale(blocks, 0, computation_dtype)
-    minimum = half_scale(blocks, 2, computation_dtype).to(computation_dtype)
+    minimum = half_scale(blocks, 2, computation_dtype)
     words = as_words(blocks)
     for half, (mask, unit) in enumerate(((0x0F, 1.0), (0xF0, 1 / 16))):
         q = as_numbers(words & every_byte(mask), n, 20)[:, 4:]
@@ -76,7 +76,7 @@ def unpack_q5_1(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = to
     """fp16 d, fp16 m, 32 fifth bits, 16 bytes of nibbles as in Q4_0; d * q + m."""
     n = blocks.shape[0]
     scale = half_scale(blocks, 0, computation_dtype).mul_(1 / 8)
-    minimum = half_scale(blocks, 2, computation_dtype).to(computation_dtype)
+    minimum = half_scale(blocks, 2, computation_dtype)
     q = as_numbers(_five_bits(blocks, 4, 8), 2, n, 16)
     for half in range(2):
         scaled = product(q[half], scale, computation_dtype)

@@ -36,15 +36,24 @@ def as_numbers(words: Tensor, *shape: int, signed: bool = False) -> Tensor:
 
 
 def product(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`numbers` of `as_numbers` times an fp32 scale, rounded to `dtype`. May overwrite `numbers`."""
+    """`numbers` of `as_numbers` times an fp32 scale, rounded to `dtype`. May overwrite `numbers`.
+
+    On the CPU the rounded values come back as fp32, which is faster to go on with, to the same result.
+    """
     if numbers.is_floating_point():
-        return numbers.mul_(scale).to(dtype)
+        return numbers.mul_(scale).to(dtype).float()
     return torch.mul(numbers, scale, out=torch.empty_like(numbers, dtype=dtype))
 
 
 def half_scale(blocks: Tensor, offset: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The fp16 number at an even byte offset of every block, rounded to `dtype`, as a new fp32 (n, 1)."""
     return blocks.view(torch.float16)[:, offset // 2 : offset // 2 + 1].to(dtype).float()
+
+
+def bit_fields(data: Tensor, width: int, step: int, count: int) -> Tensor:
+    """int32 (n, m) -> int32 (n, m * count): `count` fields of `width` bits, `step` apart, lowest first."""
+    shifts = constant(data.device, torch.int32, *range(0, step * count, step))
+    return (data[:, :, None] >> shifts).bitwise_and_((1 << width) - 1).flatten(1)
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,200 @@
+"""Exact unpacking: fp32 bit for bit as gguf-py, fp16 and bf16 rounded once, in chunks, on any device."""
+
+from __future__ import annotations
+
+import threading
+
+import ggml_blocks
+import numpy as np
+import pytest
+import torch
+
+import lib_qswap.quant.unpack as unpacking
+from lib_qswap.quant.formats import FORMATS
+from lib_qswap.quant.unpack import unpack
+
+UNPACKED = [row for row in FORMATS.values() if row.unpack is not None]
+EVERY_TYPE = pytest.mark.parametrize("format", UNPACKED, ids=lambda row: row.name)
+BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 8 super-blocks, so that a small tensor has many."""
+    monkeypatch.setattr(unpacking, "_CPU_CHUNK_ELEMENTS", 2048 // torch.get_num_threads())
+    monkeypatch.setattr(unpacking, "_CHUNK_ELEMENTS", 2048)
+
+
+def reference(format, blocks: np.ndarray) -> torch.Tensor:
+    """What gguf-py makes of the blocks, fp32 (n, block_elements); for the types that it does not know, the formula."""
+    count = len(blocks)
+    if format.name == "Q1_0":
+        bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(np.float32)
+        return torch.from_numpy((2 * bits - 1) * blocks[:, :2].copy().view(np.float16).astype(np.float32))
+    if format.name == "Q8_K":
+        q = blocks[:, 4:260].view(np.int8).astype(np.float32)
+        return torch.from_numpy(q * blocks[:, :4].copy().view(np.float32))
+    gguf = pytest.importorskip("gguf")
+    values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[format.name])
+    return torch.from_numpy(np.array(values).reshape(count, format.block_elements))
+
+
+def unpacked(format, blocks: np.ndarray, dtype=torch.float32, **arithmetic) -> torch.Tensor:
+    out = torch.full((len(blocks), format.block_elements), torch.nan, dtype=dtype)
+    assert unpack(format, torch.from_numpy(blocks), out, **arithmetic) is out
+    return out
+
+
+def assert_same_bits(values: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bit for bit, the sign of zero included."""
+    assert values.dtype == expected.dtype
+    torch.testing.assert_close(
+        values.view(BITS[values.dtype]), expected.view(BITS[values.dtype]), rtol=0, atol=0
+    )
+
+
+@EVERY_TYPE
+@pytest.mark.parametrize("scales", ["any", "ordinary", "edge", "zero"])
+def test_values_are_those_of_gguf_py_bit_for_bit_and_rounded_once(format, scales, small_chunks):
+    blocks = ggml_blocks.random_blocks(format, 2 * 14 * 14 + 3, scales)
+    expected = reference(format, blocks)
+    assert expected.isfinite().all()
+    if scales in ("any", "ordinary"):
+        assert expected.unique().numel() > 2 or format.name == "Q1_0"
+    assert_same_bits(unpacked(format, blocks), expected)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert_same_bits(unpacked(format, blocks, dtype), expected.to(dtype))
+
+
+@EVERY_TYPE
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 63, 64, 65, 129])
+def test_any_number_of_blocks_is_unpacked_whatever_the_chunk(format, count, small_chunks):
+    blocks = ggml_blocks.random_blocks(format, 129, "ordinary")
+    whole = unpacked(format, blocks)
+    assert_same_bits(unpacked(format, blocks[:count].copy()), whole[:count])
+
+
+@EVERY_TYPE
+def test_a_chunk_larger_than_the_tensor_gives_the_same_values(format, small_chunks, monkeypatch):
+    blocks = ggml_blocks.random_blocks(format, 129, "ordinary")
+    in_small_chunks = unpacked(format, blocks, torch.float16)
+    monkeypatch.undo()
+    assert_same_bits(unpacked(format, blocks, torch.float16), in_small_chunks)
+
+
+@EVERY_TYPE
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_blocks_may_start_at_any_byte(format, offset, small_chunks):
+    blocks = ggml_blocks.random_blocks(format, 80, "ordinary")
+    storage = torch.zeros(blocks.size + offset, dtype=torch.uint8)
+    storage[offset:] = torch.from_numpy(blocks).view(-1)
+    out = torch.empty(80, format.block_elements)
+    assert_same_bits(unpack(format, storage[offset:], out), unpacked(format, blocks))
+
+
+def test_shapes_are_free_as_long_as_the_number_of_elements_fits():
+    blocks = ggml_blocks.random_blocks(FORMATS["Q4_K"], 12, "ordinary")
+    out = torch.empty(3, 4, 256, dtype=torch.float16)
+    packed = torch.from_numpy(blocks).view(3, -1)
+    assert_same_bits(
+        unpack(FORMATS["Q4_K"], packed, out).view(12, 256), unpacked(FORMATS["Q4_K"], blocks, torch.float16)
+    )
+
+
+def test_tensors_that_do_not_fit_are_refused_with_the_reason():
+    q4_0, packed, out = FORMATS["Q4_0"], torch.zeros(4, 18, dtype=torch.uint8), torch.empty(4, 32)
+    with pytest.raises(ValueError, match="96 elements of Q4_0 take 54 bytes, but there are 72"):
+        unpack(q4_0, packed, out[:3])
+    with pytest.raises(ValueError, match="whole number of Q4_0 blocks"):
+        unpack(q4_0, packed, out.view(-1)[:100])
+    with pytest.raises(ValueError, match=r"uint8, not torch\.int8"):
+        unpack(q4_0, packed.view(torch.int8), out)
+    with pytest.raises(ValueError, match="contiguous"):
+        unpack(q4_0, packed.t(), out)
+    with pytest.raises(ValueError, match=r"not torch\.float64"):
+        unpack(q4_0, packed, out.double())
+    with pytest.raises(ValueError, match="contiguous"):
+        unpack(q4_0, packed, out.t())
+    with pytest.raises(ValueError, match="on cpu, their values on meta"):
+        unpack(q4_0, packed, torch.empty(4, 32, device="meta"))
+    with pytest.raises(ValueError, match="'fast'"):
+        unpack(q4_0, packed, out, arithmetic="fast")
+
+
+def test_a_type_that_nobody_unpacks_is_named():
+    with pytest.raises(NotImplementedError, match="Q8_1"):
+        unpack(FORMATS["Q8_1"], torch.zeros(40, dtype=torch.uint8), torch.empty(32))
+
+
+@pytest.mark.parametrize("first_in_inference_mode", [True, False])
+def test_tensors_of_inference_mode_and_others_may_be_mixed(first_in_inference_mode):
+    for name in ("IQ2_XS", "Q6_K"):
+        format = FORMATS[name]
+        blocks = ggml_blocks.random_blocks(format, 16, "ordinary")
+        with torch.inference_mode(first_in_inference_mode):
+            first = unpacked(format, blocks)
+        with torch.inference_mode(not first_in_inference_mode):
+            again = unpacked(format, blocks)
+            unpack(format, torch.from_numpy(blocks), first)
+        assert_same_bits(again.clone(), first.clone())
+        ordinary = again if first_in_inference_mode else first
+        weight = torch.ones(1, requires_grad=True)
+        (ordinary * weight).sum().backward()
+        assert weight.grad.item() == pytest.approx(ordinary.sum().item(), rel=1e-4)
+
+
+def test_threads_do_not_disturb_each_other(small_chunks):
+    format = FORMATS["Q5_K"]
+    work = [ggml_blocks.random_blocks(format, 200, "ordinary", seed) for seed in range(4)]
+    expected = [unpacked(format, blocks, torch.float16) for blocks in work]
+    results: dict[int, torch.Tensor] = {}
+
+    def run(index: int) -> None:
+        for _ in range(3):
+            results[index] = unpacked(format, work[index], torch.float16)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(4):
+        assert_same_bits(results[index], expected[index])
+
+
+@pytest.mark.simgpu
+@EVERY_TYPE
+def test_a_device_gives_the_same_values_without_transfers_or_waits(format, sim, compute_mode, small_chunks):
+    blocks = torch.from_numpy(ggml_blocks.random_blocks(format, 67, "ordinary"))
+    on_device = blocks.to("simgpu")
+    out = torch.empty(67, format.block_elements, dtype=torch.float16, device="simgpu")
+    unpack(format, on_device, out)  # constants and tables travel once
+    out.fill_(torch.nan)
+    sim.synchronize()
+    sim.reset_stats()
+    unpack(format, on_device, out)
+    stats = sim.stats()
+    moved = {name: value for name, value in stats.items() if name.startswith(("h2d", "d2h")) and value}
+    assert moved == {}
+    assert stats["host_waits"] == 0
+    assert_same_bits(out.cpu(), unpacked(format, blocks.numpy(), torch.float16))
+
+
+@pytest.mark.simgpu
+@EVERY_TYPE
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_temporaries_take_at_most_8_bytes_an_element_of_a_chunk(format, dtype, sim, monkeypatch):
+    chunk = 1 << 16
+    monkeypatch.setattr(unpacking, "_CHUNK_ELEMENTS", chunk)
+    count = 3 * chunk // format.block_elements
+    packed = torch.from_numpy(ggml_blocks.random_blocks(format, count, "ordinary")).to("simgpu")
+    out = torch.empty(count, format.block_elements, dtype=dtype, device="simgpu")
+    unpack(format, packed, out)
+    sim.reset_stats()
+    before = (
+        sim.stats()["allocated_bytes"]
+        if "allocated_bytes" in sim.stats()
+        else torch.simgpu.memory_allocated()
+    )
+    unpack(format, packed, out)
+    assert sim.stats()["peak_allocated_bytes"] - before <= 8 * chunk
