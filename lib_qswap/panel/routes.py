@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -75,8 +74,8 @@ def _with_layout(model: Mapping[str, Any], known: frozenset[str]) -> dict[str, A
     layers = model.get("layers")
     if not layers:
         return dict(model)
-    static = [[layer.get(field) for field in _STATIC_FIELDS] for layer in layers]
-    layout = blake2b(json.dumps(static, default=str).encode(), digest_size=9).hexdigest()
+    static = tuple(tuple(map(layer.get, _STATIC_FIELDS)) for layer in layers)
+    layout = f"{hash(static) & 0xFFFF_FFFF_FFFF_FFFF:016x}"
     if layout not in known:
         return {**model, "layout": layout}
     entry = {key: value for key, value in model.items() if key != "layers"}
