@@ -64,7 +64,7 @@ def plan_for(layers, share, link, **kwargs):
 
 
 def search(layers, budget_bytes, link, start, rounds, seed=0):
-    """The step time that simulated annealing over residents and ring finds, starting from a plan."""
+    """The step time that simulated annealing over residents and ring finds, started from a plan."""
     rng = random.Random(seed)
     nbytes = [x.nbytes for x in layers]
     streaming = Streaming(nbytes, [x.compute_s for x in layers], link)
@@ -236,7 +236,7 @@ models = st.lists(
 links = st.floats(1e8, 5e10, allow_nan=False)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 @given(models, st.floats(0, 1.2), links, st.none() | st.integers(0, 100 * MB))
 def test_a_plan_never_exceeds_its_budget_and_never_beats_its_bound(layers, share, link, ring):
     budget = int(total_bytes(layers) * share)
@@ -253,13 +253,13 @@ def test_a_plan_never_exceeds_its_budget_and_never_beats_its_bound(layers, share
     assert list(plan.resident) == [name for name in order if name in set(plan.resident)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(models, st.floats(0, 1), links)
 def test_the_same_question_gets_the_same_plan(layers, share, link):
     assert plan_for(layers, share, link) == plan_for(layers, share, link)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(models, st.floats(0, 1), st.floats(0, 1), links)
 def test_more_budget_is_hardly_ever_slower(layers, one, other, link):
     less, more = sorted((one, other))
@@ -337,33 +337,27 @@ def test_small_models_are_planned_within_2_percent_of_the_best_of_all_subsets(se
     assert plan.step_s <= 1.02 * best
 
 
-CASES = [
-    pytest.param(
-        flux(bits, tflops, tokens), share, link, id=f"{quant}-{tflops}T-{tokens}-{link / 1e9:.0f}GBs-{share}"
-    )
-    for bits, quant, tflops, tokens, link, share in (
-        (4.5, "Q4_K", 12, 4096, 12e9, 0.25),
-        (4.5, "Q4_K", 60, 4096, 8e9, 0.1),
-        (4.5, "Q4_K", 100, 4096, 8e9, 0.25),
-        (8.5, "Q8_0", 12, 1024, 8e9, 0.1),
-        (8.5, "Q8_0", 60, 4096, 12e9, 0.1),
-        (8.5, "Q8_0", 60, 4096, 8e9, 0.25),
-        (8.5, "Q8_0", 60, 1024, 12e9, 0.5),
-        (8.5, "Q8_0", 100, 4096, 8e9, 0.5),
-        (8.5, "Q8_0", 100, 4096, 24e9, 0.1),
-        (8.5, "Q8_0", 100, 1024, 24e9, 0.75),
-    )
-]
-
-
-@pytest.mark.parametrize(("layers", "share", "link"), CASES)
-def test_flux_is_planned_within_1_percent_of_what_a_long_search_finds(layers, share, link):
-    plan = plan_for(layers, share, link)
-    least = max(sum(x.compute_s for x in layers), total_bytes(layers) * (1 - share) / link)
-    if plan.step_s <= 1.01 * least:  # no search can find more than that
-        return
-    best = search(layers, int(total_bytes(layers) * share), link, plan, rounds=250)
-    assert plan.step_s <= 1.01 * best
+# The last column is the step that search() found in 4,000 rounds (a minute for each), started from the plan.
+@pytest.mark.parametrize(
+    ("bits_per_weight", "tflops", "tokens", "link", "share", "best_known_s"),
+    [
+        (4.5, 12, 4096, 12e9, 0.25, 4.957466),
+        (4.5, 60, 4096, 8e9, 0.1, 1.041874),
+        (4.5, 100, 4096, 8e9, 0.25, 0.654926),
+        (8.5, 12, 1024, 8e9, 0.1, 1.822804),
+        (8.5, 60, 4096, 12e9, 0.1, 1.141456),
+        (8.5, 60, 4096, 8e9, 0.25, 1.204547),
+        (8.5, 60, 1024, 12e9, 0.5, 0.532267),
+        (8.5, 100, 4096, 8e9, 0.5, 0.808428),
+        (8.5, 100, 4096, 24e9, 0.1, 0.636410),
+        (8.5, 100, 1024, 24e9, 0.75, 0.198299),
+    ],
+)
+def test_flux_is_planned_within_1_percent_of_the_best_that_is_known(
+    bits_per_weight, tflops, tokens, link, share, best_known_s
+):
+    plan = plan_for(flux(bits_per_weight, tflops, tokens), share, link)
+    assert plan.step_s <= 1.01 * best_known_s
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -378,7 +372,7 @@ def test_flux_is_planned_within_1_percent_of_what_a_long_search_finds(layers, sh
     ],
 )
 @pytest.mark.parametrize("link", [6e9, 15e9])
-def test_other_shapes_are_planned_within_2_percent_of_what_a_long_search_finds(layers, share, link):
+def test_other_shapes_are_planned_within_2_percent_of_what_a_local_search_finds(layers, share, link):
     plan = plan_for(layers, share, link)
     best = search(layers, plan.budget_bytes, link, plan, rounds=200)
     assert plan.step_s <= 1.02 * best
@@ -387,9 +381,7 @@ def test_other_shapes_are_planned_within_2_percent_of_what_a_long_search_finds(l
 def test_planning_is_quick():
     started = time.process_time()
     plan_for(flux(8.5, 60), 0.1, 12e9)
-    assert (
-        time.process_time() - started < 0.5
-    )  # 0.05 s alone on a desktop; machines that run tests are slower
+    assert time.process_time() - started < 0.5  # a tenth of it on an idle desktop
     many = [layer(i, 0.2 + i % 7, 0.01 * (i % 5)) for i in range(2000)]
     started = time.process_time()
     plan_for(many, 0.4, 1e10)

@@ -30,8 +30,8 @@ RING_SIZES = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 6.0, 9.0, 14.0, 20.0)
 # size, a ring for small layers leaves more room than it costs.
 SIZE_LIMITS_TRIED = 6
 
-# The changes that are tried cost about this many simulated layers each (microseconds), whatever the model's
-# length.
+# Changes that are tried: as many as make this number of simulated layers, within the limits below; one takes
+# about 3 microseconds for each layer of the model.
 SEARCH_EFFORT = 12_000
 EXCHANGES_LEAST, EXCHANGES_MOST = 30, 2000
 GOOD_ENOUGH = 1.0005  # of what no plan for the budget can be below
@@ -185,9 +185,8 @@ class _Planner:
         if room < 0:
             return None
         tiny = [i for i, keep in enumerate(kept) if not keep and nbytes[i] < TINY_LAYER_BYTES]
-        if (
-            sum(nbytes[i] for i in tiny) <= room * TINY_SHARE
-        ):  # else they are the model, and spread as any others
+        # Where tiny layers are most of the model they are spread as any others.
+        if sum(nbytes[i] for i in tiny) <= room * TINY_SHARE:
             room -= self._keep(tiny, kept)
         if keep_idle:
             idle = [i for i, keep in enumerate(kept) if not keep and compute_s[i] == 0]
@@ -209,8 +208,7 @@ class _Planner:
         nbytes = self.nbytes
         free = [i for i, keep in enumerate(kept) if not keep]
         free_bytes = sum(nbytes[i] for i in free)
-        # A trace of bytes in the time orders layers that do not compute, and models whose times are not
-        # known yet.
+        # A trace of bytes in the time orders layers that do not compute, and models of unknown times.
         trace = (1e-6 * self.streaming.total_compute_s or 1.0) / max(free_bytes, 1)
         passed = 0.0
         times = []  # of compute up to the layer's own start
@@ -250,7 +248,7 @@ class _Planner:
     def _improve(self, best: _Candidate) -> _Candidate:
         """Exchanges swapped layers near where compute waits for residents near where the link waits.
 
-        Threshold accepting: early on a slightly slower set may become the current one, a way out of dead ends.
+        Threshold accepting: early on, a slightly slower set may become the current one, to leave dead ends.
         """
         count = min(max(SEARCH_EFFORT // max(len(self.nbytes), 1), EXCHANGES_LEAST), EXCHANGES_MOST)
         current = best
@@ -278,10 +276,10 @@ class _Planner:
         kind = pick.random()
         if kind < 0.8:
             k = pick.choices(range(len(fetches)), [fetch.stall_s + 1e-9 for fetch in fetches])[0]
-            swapped[fetches[(k - pick.randrange(REACH)) % len(fetches)].index] = False
+            swapped[fetches[(k - pick.randrange(REACH)) % len(fetches)].layer] = False
         if kind > 0.1:
             k = pick.choices(range(len(fetches)), [fetch.blocked_s + 1e-9 for fetch in fetches])[0]
-            i = fetches[(k - pick.randrange(REACH)) % len(fetches)].index
+            i = fetches[(k - pick.randrange(REACH)) % len(fetches)].layer
             for _ in swapped:
                 i -= 1  # backwards in the cycle: a negative index counts from the end
                 if not swapped[i] and self.nbytes[i] and pick.random() < 0.4:
@@ -292,9 +290,7 @@ class _Planner:
     def _candidate(self, swapped: list[bool]) -> _Candidate | None:
         """These layers swapped, the ring what residents leave of the budget; None where it is too little."""
         resident = sum(size for size, fetched in zip(self.nbytes, swapped, strict=True) if not fetched)
-        largest = max(
-            (size for size, fetched in zip(self.nbytes, swapped, strict=True) if fetched), default=0
-        )
+        largest = max((size * fetched for size, fetched in zip(self.nbytes, swapped, strict=True)), default=0)
         ring = self.fixed_ring_bytes or self.budget_bytes - resident
         if not largest or ring < largest or resident + ring > self.budget_bytes:
             return None

@@ -31,7 +31,8 @@ class LayerCost(NamedTuple):
 class Fetch(NamedTuple):
     """What one swapped layer's copy and compute waited for in the last simulated step, in seconds."""
 
-    index: int
+    layer: int
+    """its place in execution order"""
     stall_s: float
     """compute waited for the copy"""
     blocked_s: float
@@ -106,8 +107,8 @@ class Streaming:
                 freed.append(computed)
             computed += after_s
         mean = (computed - warm_end) / averaged_steps
-        # A ring's worth may have been fetched before the averaged steps began and be missing. And rounding errors
-        # are not to decide between plans that keep one engine busy all the time.
+        # What was fetched before the averaged steps began may be missing, up to a ring's worth; and rounding
+        # errors are not to decide between plans that keep one engine busy all the time.
         bound = max(self.total_compute_s, sum(copy_s))
         return (mean if mean > bound * (1 + 1e-9) else bound), waits
 
