@@ -2,7 +2,7 @@
  * Finds the panel's elements in the page, asks the server for news while one of them is seen, and hands the news to their views.
  *
  * The page may come late, be replaced by Gradio at any time, and hold several panels (txt2img and img2img): they share one poll.
- * The only global is `qswap`; qswap_words.js and qswap_view.js add their parts to it, in any order of loading.
+ * The only global is `qswap`; the other files here add their parts to it, in any order of loading.
  */
 (function () {
     "use strict";

@@ -9,67 +9,23 @@
     "use strict";
 
     const qswap = (window.qswap = window.qswap || {});
+    const dom = (qswap.dom = qswap.dom || {});
 
     const MESSAGES_SHOWN = 4;
-    const SHORT_SECTION_PX = 240;
-    const DIGIT_PX = 8;
-    const SVG_NS = "http://www.w3.org/2000/svg";
-
-    function element(tag, className, ...children) {
-        const made = document.createElement(tag);
-        made.className = className;
-        made.append(...children);
-        return made;
-    }
-
-    /** An element with one text node, and the function that changes it. */
-    function label(tag, className, text = "") {
-        const node = document.createTextNode(text);
-        const made = element(tag, className, node);
-        made.setText = (next) => {
-            if (node.data !== next) {
-                node.data = next;
-            }
-        };
-        return made;
-    }
-
-    function setAttribute(target, name, value) {
-        if (target.getAttribute(name) !== value) {
-            target.setAttribute(name, value);
-        }
-    }
-
-    function show(target, visible) {
-        if (target.hidden === visible) {
-            target.hidden = !visible;
-        }
-    }
-
-    function caret() {
-        const svg = document.createElementNS(SVG_NS, "svg");
-        svg.setAttribute("class", "qswap-caret");
-        svg.setAttribute("viewBox", "0 0 10 10");
-        svg.setAttribute("aria-hidden", "true");
-        const path = document.createElementNS(SVG_NS, "path");
-        path.setAttribute("d", "M3 1.5 L7 5 L3 8.5");
-        svg.append(path);
-        return svg;
-    }
 
     /** The bar of the device's memory with its key. */
     class MemoryBar {
         constructor() {
-            this.title = label("span", "qswap-memory-title");
-            this.total = label("span", "qswap-muted");
-            this.bar = element("div", "qswap-bar");
+            this.title = dom.label("span", "qswap-memory-title");
+            this.total = dom.label("span", "qswap-muted");
+            this.bar = dom.element("div", "qswap-bar");
             this.bar.setAttribute("role", "img");
-            this.key = element("div", "qswap-key");
+            this.key = dom.element("div", "qswap-key");
             this.parts = new Map();
-            this.root = element(
+            this.root = dom.element(
                 "section",
                 "qswap-memory",
-                element("div", "qswap-memory-head", this.title, this.total),
+                dom.element("div", "qswap-memory-head", this.title, this.total),
                 this.bar,
                 this.key,
             );
@@ -77,7 +33,7 @@
 
         update(snapshot) {
             const memory = qswap.words.deviceMemory(snapshot);
-            show(this.root, memory !== null);
+            dom.show(this.root, memory !== null);
             if (memory === null) {
                 return;
             }
@@ -90,21 +46,21 @@
                 }
                 const { segment, entry, size } = this.parts.get(part.id);
                 segment.style.flexGrow = String(part.bytes / memory.total);
-                show(segment, part.bytes > 0);
-                show(entry, part.bytes > 0);
+                dom.show(segment, part.bytes > 0);
+                dom.show(entry, part.bytes > 0);
                 size.setText(qswap.words.bytes(part.bytes));
                 if (part.bytes > 0) {
                     said.push(`${part.label} ${qswap.words.bytes(part.bytes)}`);
                 }
             }
-            setAttribute(this.bar, "aria-label", `${qswap.words.bytes(memory.total)}: ${said.join(", ")}`);
+            dom.setAttribute(this.bar, "aria-label", `${qswap.words.bytes(memory.total)}: ${said.join(", ")}`);
         }
 
         addPart(part) {
-            const size = label("span", "qswap-number");
-            const swatch = element("i", `qswap-swatch qswap-part-${part.id}`);
-            const entry = element("span", "qswap-key-entry", swatch, label("span", "qswap-muted", part.label), size);
-            const segment = element("div", `qswap-segment qswap-part-${part.id}`);
+            const size = dom.label("span", "qswap-number");
+            const swatch = dom.element("i", `qswap-swatch qswap-part-${part.id}`);
+            const entry = dom.element("span", "qswap-key-entry", swatch, dom.label("span", "qswap-muted", part.label), size);
+            const segment = dom.element("div", `qswap-segment qswap-part-${part.id}`);
             this.bar.append(segment);
             this.key.append(entry);
             this.parts.set(part.id, { segment, entry, size });
@@ -114,7 +70,7 @@
     /** The numbers of one model. */
     class Figures {
         constructor() {
-            this.root = element("div", "qswap-figures");
+            this.root = dom.element("div", "qswap-figures");
             this.tiles = new Map();
         }
 
@@ -134,278 +90,39 @@
         }
 
         addTile(id) {
-            const name = label("div", "qswap-figure-name");
-            const value = label("div", "qswap-figure-value");
-            const detail = label("div", "qswap-figure-detail");
-            const fill = element("div", "qswap-meter-fill");
-            const meter = element("div", "qswap-meter", fill);
-            const root = element("div", `qswap-figure qswap-figure-${id}`, name, value, meter, detail);
+            const name = dom.label("div", "qswap-figure-name");
+            const value = dom.label("div", "qswap-figure-value");
+            const detail = dom.label("div", "qswap-figure-detail");
+            const fill = dom.element("div", "qswap-meter-fill");
+            const meter = dom.element("div", "qswap-meter", fill);
+            const root = dom.element("div", `qswap-figure qswap-figure-${id}`, name, value, meter, detail);
             this.root.append(root);
             this.tiles.set(id, { root, name, value, detail, meter, fill });
-        }
-    }
-
-    /** The legend of one model: each place with its layers and bytes. */
-    class Legend {
-        constructor() {
-            this.root = element("div", "qswap-legend");
-            this.entries = new Map();
-            for (const place of qswap.words.PLACES) {
-                this.add(place.id, place.label, place.says, `qswap-cell qswap-at-${place.id}`);
-            }
-            this.add("slow", "Waited for", "made the device wait in its last use", "qswap-cell qswap-at-none qswap-slow");
-        }
-
-        add(id, name, says, swatchClass) {
-            const amount = label("span", "qswap-number");
-            const entry = element(
-                "span",
-                "qswap-legend-entry",
-                element("i", `qswap-swatch ${swatchClass}`),
-                label("span", "qswap-legend-name", name),
-                amount,
-            );
-            entry.title = `${name}: the layer ${says}.`;
-            entry.dataset.place = id;
-            this.root.append(entry);
-            this.entries.set(id, { entry, amount });
-        }
-
-        update(layers) {
-            const sums = qswap.words.tally(layers);
-            for (const [id, { layers: number, bytes }] of Object.entries(sums)) {
-                const { entry, amount } = this.entries.get(id);
-                amount.setText(number ? `${number.toLocaleString("en")} · ${qswap.words.bytes(bytes)}` : "0");
-                entry.classList.toggle("qswap-none", number === 0);
-                show(entry, number > 0 || id !== "unknown");
-            }
-            const slow = layers.filter(qswap.words.isSlow).length;
-            this.entries.get("slow").amount.setText(slow.toLocaleString("en"));
-            show(this.entries.get("slow").entry, slow > 0);
-        }
-    }
-
-    /** The strip: one cell a layer in execution order, in blocks; the mouse and the arrow keys read it. */
-    class Strip {
-        constructor(layers, tooltip) {
-            this.layers = layers;
-            this.tooltip = tooltip;
-            this.cells = [];
-            this.cursor = 0;
-            this.root = element("div", "qswap-strip", ...this.build(layers));
-            this.root.tabIndex = 0;
-            this.root.setAttribute("role", "slider");
-            this.root.setAttribute("aria-valuemin", "1");
-            this.root.setAttribute("aria-valuemax", String(layers.length));
-            this.root.addEventListener("pointerover", (event) => this.point(event.target));
-            this.root.addEventListener("pointerleave", () => this.leave());
-            this.root.addEventListener("focus", () => this.root.matches(":focus-visible") && this.read(this.cursor));
-            this.root.addEventListener("blur", () => this.leave());
-            this.root.addEventListener("keydown", (event) => this.key(event));
-        }
-
-        build(layers) {
-            const largest = Math.max(1, ...layers.map((layer) => layer.bytes || 0));
-            const many = layers.length;
-            const widest = many <= 40 ? 44 : many <= 120 ? 26 : many <= 400 ? 12 : many <= 1000 ? 9 : 6;
-            const narrowest = many <= 400 ? 5 : 3;
-            const width = (layer) => Math.max(narrowest, widest * Math.sqrt((layer.bytes || 0) / largest));
-            this.cells = layers.map((layer, index) => {
-                const cell = document.createElement("i");
-                const pixels = width(layer).toFixed(1);
-                cell.style.flex = `${pixels} 1 ${pixels}px`;
-                cell.dataset.i = String(index);
-                return cell;
-            });
-            return qswap.words.sections(layers).map((section) => this.section(section, width));
-        }
-
-        section(section, width) {
-            const widths = section.blocks.map((block) => {
-                const cells = block.layers.reduce((sum, index) => sum + width(this.layers[index]) + 1, 0);
-                return Math.max(cells, DIGIT_PX * (block.label || "").length);
-            });
-            const widest = Math.ceil(Math.max(...widths));
-            // Blocks alike stand in columns; others flow, each as wide as it needs.
-            const alike = section.blocks.length > 1 && widest <= 1.5 * Math.min(...widths);
-            const blocks = section.blocks.map((block, nth) => {
-                const made = element(
-                    "div",
-                    "qswap-block",
-                    element("div", "qswap-cells", ...block.layers.map((index) => this.cells[index])),
-                );
-                if (block.label !== null) {
-                    made.append(label("div", "qswap-block-label", block.label));
-                }
-                if (!alike) {
-                    made.style.width = `min(100%, ${Math.ceil(widths[nth])}px)`;
-                }
-                return made;
-            });
-            const flow = element("div", alike ? "qswap-columns" : "qswap-flow", ...blocks);
-            if (alike) {
-                flow.style.gridTemplateColumns = `repeat(auto-fill, minmax(min(${widest}px, 100%), 1fr))`;
-            }
-            // Short sections stand beside each other.
-            const short = widths.reduce((sum, each) => sum + each, 0) < SHORT_SECTION_PX;
-            return element(
-                "div",
-                short ? "qswap-section qswap-short" : "qswap-section",
-                label("div", "qswap-section-title", section.title),
-                flow,
-            );
-        }
-
-        update(name, layers) {
-            this.layers = layers;
-            layers.forEach((layer, index) => {
-                const slow = qswap.words.isSlow(layer) ? " qswap-slow" : "";
-                const className = `qswap-cell qswap-at-${qswap.words.placeOf(layer)}${slow}`;
-                if (this.cells[index].className !== className) {
-                    this.cells[index].className = className;
-                }
-            });
-            setAttribute(this.root, "aria-label", summary(name, layers));
-            this.say();
-            if (this.tooltip.anchor && this.root.contains(this.tooltip.anchor)) {
-                this.tooltip.show(this.tooltip.anchor, layers[this.tooltip.anchor.dataset.i]);
-            }
-        }
-
-        say() {
-            const layer = this.layers[this.cursor];
-            const facts = qswap.words.facts(layer).map(([fact, value]) => `${fact} ${value}`);
-            setAttribute(this.root, "aria-valuenow", String(this.cursor + 1));
-            setAttribute(this.root, "aria-valuetext", [layer.name, ...facts].join(", "));
-        }
-
-        point(target) {
-            if (target.dataset.i !== undefined) {
-                this.tooltip.show(target, this.layers[target.dataset.i]);
-            }
-        }
-
-        read(index) {
-            this.cells[this.cursor].removeAttribute("data-cursor");
-            this.cursor = index;
-            this.cells[index].setAttribute("data-cursor", "");
-            this.say();
-            this.tooltip.show(this.cells[index], this.layers[index]);
-        }
-
-        leave() {
-            this.cells[this.cursor].removeAttribute("data-cursor");
-            this.tooltip.hide();
-        }
-
-        key(event) {
-            const last = this.layers.length - 1;
-            const target = {
-                ArrowRight: this.cursor + 1,
-                ArrowUp: this.cursor + 1,
-                ArrowLeft: this.cursor - 1,
-                ArrowDown: this.cursor - 1,
-                PageDown: this.cursor + 10,
-                PageUp: this.cursor - 10,
-                Home: 0,
-                End: last,
-            }[event.key];
-            if (target !== undefined) {
-                event.preventDefault();
-                this.read(Math.min(last, Math.max(0, target)));
-            } else if (event.key === "Escape") {
-                this.tooltip.hide();
-            }
-        }
-    }
-
-    function summary(name, layers) {
-        const sums = qswap.words.tally(layers);
-        const parts = qswap.words.PLACES.filter((place) => sums[place.id].layers).map(
-            (place) => `${sums[place.id].layers} ${place.label.toLowerCase()}`,
-        );
-        return `${qswap.words.count(layers.length, "layer")} of ${name} in execution order: ${parts.join(", ")}`;
-    }
-
-    /** The layers as a table, for who reads better than looks; made when it is asked for. */
-    class Table {
-        constructor(layers) {
-            this.rows = layers.map((layer, index) => {
-                const place = label("td", "");
-                const home = label("td", "");
-                const uses = label("td", "qswap-right");
-                const stall = label("td", "qswap-right");
-                const row = element(
-                    "tr",
-                    "",
-                    label("td", "qswap-right qswap-muted", String(index + 1)),
-                    label("td", "qswap-name", String(layer.name)),
-                    label("td", "", String(layer.kind || "–")),
-                    label("td", "", String(layer.quant || "–")),
-                    label("td", "qswap-right", qswap.words.bytes(layer.bytes)),
-                    home,
-                    place,
-                    uses,
-                    stall,
-                );
-                return { row, place, home, uses, stall };
-            });
-            const heads = ["#", "Layer", "Kind", "Format", "Size", "Home", "Now", "Uses", "Stall"];
-            const right = new Set(["#", "Size", "Uses", "Stall"]);
-            const head = element(
-                "thead",
-                "",
-                element(
-                    "tr",
-                    "",
-                    ...heads.map((text) => {
-                        const cell = label("th", right.has(text) ? "qswap-right" : "", text);
-                        cell.scope = "col";
-                        return cell;
-                    }),
-                ),
-            );
-            const body = element("tbody", "", ...this.rows.map((each) => each.row));
-            this.root = element("div", "qswap-table", element("table", "", head, body));
-            this.root.tabIndex = 0;
-            this.root.setAttribute("role", "region");
-        }
-
-        update(name, layers) {
-            setAttribute(this.root, "aria-label", `Layers of ${name}`);
-            layers.forEach((layer, index) => {
-                const { place, home, uses, stall } = this.rows[index];
-                const facts = new Map(qswap.words.facts(layer));
-                home.setText(qswap.words.LOCATION_WORDS[layer.home] || "–");
-                place.setText(facts.get("Now"));
-                uses.setText(facts.get("Uses"));
-                stall.setText(facts.get("Stall"));
-            });
         }
     }
 
     /** One model: a line that opens to its numbers, its strip or table, and its legend. */
     class ModelCard {
         constructor(model, tooltip) {
-            this.name = label("span", "qswap-model-name", String(model.name));
-            this.pill = label("span", "qswap-pill");
-            this.note = label("span", "qswap-muted qswap-model-note");
+            this.name = dom.label("span", "qswap-model-name", String(model.name));
+            this.pill = dom.label("span", "qswap-pill");
+            this.note = dom.label("span", "qswap-muted qswap-model-note");
             const line = [this.name, this.pill, this.note];
             this.layered = qswap.words.list(model.layers).length > 0;
             if (!this.layered) {
-                this.root = element("div", "qswap-model qswap-plain", ...line);
+                this.root = dom.element("div", "qswap-model qswap-plain", ...line);
                 return;
             }
             this.figures = new Figures();
-            this.strip = new Strip(model.layers, tooltip);
+            this.strip = new qswap.Strip(model.layers, tooltip);
             this.table = null;
-            this.legend = new Legend();
-            this.button = label("button", "qswap-button", "Table");
+            this.legend = new qswap.Legend();
+            this.button = dom.label("button", "qswap-button", "Table");
             this.button.type = "button";
             this.button.addEventListener("click", () => this.toggleTable());
-            const head = element("summary", "qswap-model-head", caret(), ...line);
-            this.legendLine = element("div", "qswap-legend-line", this.legend.root, this.button);
-            this.root = element("details", "qswap-model", head, this.figures.root, this.legendLine, this.strip.root);
+            const head = dom.element("summary", "qswap-model-head", dom.caret(), ...line);
+            this.legendLine = dom.element("div", "qswap-legend-line", this.legend.root, this.button);
+            this.root = dom.element("details", "qswap-model", head, this.figures.root, this.legendLine, this.strip.root);
             // What the reader opened or closed stays so; until then the models that are active are open.
             this.touched = false;
             head.addEventListener("click", () => (this.touched = true));
@@ -417,7 +134,7 @@
             this.device = device;
             const managed = qswap.words.isManaged(model);
             this.pill.setText(!managed ? "Left to the host" : model.active ? "Active" : "Not loaded");
-            setAttribute(this.pill, "data-tone", !managed ? "off" : model.active ? "on" : "off");
+            dom.setAttribute(this.pill, "data-tone", !managed ? "off" : model.active ? "on" : "off");
             this.root.classList.toggle("qswap-off", !managed || !model.active);
             this.note.setText(this.noteText(model, managed));
             this.root.style.order = model.active && managed ? "0" : managed ? "1" : "2";
@@ -455,12 +172,12 @@
         toggleTable() {
             const toTable = !this.strip.root.hidden;
             if (!this.table) {
-                this.table = new Table(this.model.layers);
+                this.table = new qswap.Table(this.model.layers);
                 this.root.append(this.table.root);
             }
             this.table.update(this.model.name, this.model.layers);
-            show(this.table.root, toTable);
-            show(this.strip.root, !toTable);
+            dom.show(this.table.root, toTable);
+            dom.show(this.strip.root, !toTable);
             this.button.setText(toTable ? "Strip" : "Table");
         }
     }
@@ -469,21 +186,21 @@
     class Messages {
         constructor() {
             this.lines = Array.from({ length: MESSAGES_SHOWN }, () => {
-                const level = label("span", "qswap-level");
-                const time = label("time", "qswap-muted qswap-number");
-                const text = label("span", "qswap-message-text");
-                return { root: element("li", "qswap-message", level, time, text), level, time, text };
+                const level = dom.label("span", "qswap-level");
+                const time = dom.label("time", "qswap-muted qswap-number");
+                const text = dom.label("span", "qswap-message-text");
+                return { root: dom.element("li", "qswap-message", level, time, text), level, time, text };
             });
-            this.root = element("ul", "qswap-messages", ...this.lines.map((line) => line.root));
+            this.root = dom.element("ul", "qswap-messages", ...this.lines.map((line) => line.root));
             this.root.setAttribute("aria-label", "Messages");
         }
 
         update(snapshot) {
             const latest = qswap.words.latestMessages(snapshot, MESSAGES_SHOWN);
-            show(this.root, latest.length > 0);
+            dom.show(this.root, latest.length > 0);
             this.lines.forEach((line, nth) => {
                 const message = latest[nth];
-                show(line.root, Boolean(message));
+                dom.show(line.root, Boolean(message));
                 if (message) {
                     const alarming = message.level !== "info" && message.level !== "debug";
                     line.root.classList.toggle("qswap-alarming", alarming);
@@ -495,62 +212,25 @@
         }
     }
 
-    /** The facts of the layer under the pointer or the keyboard's cursor. */
-    class Tooltip {
-        constructor() {
-            this.anchor = null;
-            this.name = label("div", "qswap-tooltip-name");
-            this.values = new Map();
-            this.facts = element("dl", "");
-            this.root = element("div", "qswap-tooltip", this.name, this.facts);
-            this.root.hidden = true;
-            this.root.setAttribute("role", "tooltip");
-        }
-
-        show(anchor, layer) {
-            this.anchor = anchor;
-            this.name.setText(String(layer.name));
-            for (const [fact, value] of qswap.words.facts(layer)) {
-                if (!this.values.has(fact)) {
-                    this.values.set(fact, label("dd", ""));
-                    this.facts.append(label("dt", "", fact), this.values.get(fact));
-                }
-                this.values.get(fact).setText(value);
-            }
-            show(this.root, true);
-            const cell = anchor.getBoundingClientRect();
-            const own = this.root.getBoundingClientRect();
-            const left = Math.min(Math.max(8, cell.left + cell.width / 2 - own.width / 2), innerWidth - own.width - 8);
-            const above = cell.top - own.height - 8;
-            this.root.style.left = `${Math.max(8, left)}px`;
-            this.root.style.top = `${above >= 8 ? above : cell.bottom + 8}px`;
-        }
-
-        hide() {
-            this.anchor = null;
-            show(this.root, false);
-        }
-    }
-
     /** All of the panel. `show` is cheap when little has changed. */
     qswap.View = class View {
         constructor(mount) {
-            this.verdict = label("div", "qswap-verdict");
-            this.location = label("span", "qswap-muted qswap-location");
-            this.trouble = label("div", "qswap-trouble");
+            this.verdict = dom.label("div", "qswap-verdict");
+            this.location = dom.label("span", "qswap-muted qswap-location");
+            this.trouble = dom.label("div", "qswap-trouble");
             this.trouble.setAttribute("role", "status");
             this.memory = new MemoryBar();
-            this.models = element("div", "qswap-models");
+            this.models = dom.element("div", "qswap-models");
             this.messages = new Messages();
-            this.tooltip = new Tooltip();
+            this.tooltip = new qswap.Tooltip();
             this.cards = [];
             this.keys = "";
             this.drawn = null;
-            this.body = element("div", "qswap-body", this.memory.root, this.models, this.messages.root);
-            this.root = element(
+            this.body = dom.element("div", "qswap-body", this.memory.root, this.models, this.messages.root);
+            this.root = dom.element(
                 "div",
                 "qswap-root",
-                element("div", "qswap-top", this.verdict, this.location),
+                dom.element("div", "qswap-top", this.verdict, this.location),
                 this.trouble,
                 this.body,
                 this.tooltip.root,
@@ -568,13 +248,13 @@
 
         /** snapshot: the newest one, null before the first. trouble: one sentence when the server does not answer, else null. */
         show(snapshot, trouble) {
-            show(this.trouble, trouble !== null);
+            dom.show(this.trouble, trouble !== null);
             this.trouble.setText(trouble || "");
             this.root.classList.toggle("qswap-stale", trouble !== null);
             if (snapshot === null) {
                 this.verdict.setText("Asking for the state of memory …");
-                show(this.verdict, trouble === null);
-                show(this.body, false);
+                dom.show(this.verdict, trouble === null);
+                dom.show(this.body, false);
             } else if (snapshot !== this.drawn) {
                 this.draw(snapshot);
                 this.drawn = snapshot;
@@ -584,13 +264,13 @@
         draw(snapshot) {
             const enabled = snapshot.enabled !== false;
             const verdict = enabled ? qswap.words.verdict(snapshot) : { tone: "off", text: qswap.words.whyOff(snapshot) };
-            show(this.verdict, true);
+            dom.show(this.verdict, true);
             this.verdict.setText(verdict.text);
-            setAttribute(this.verdict, "data-tone", verdict.tone);
+            dom.setAttribute(this.verdict, "data-tone", verdict.tone);
             const location = qswap.words.LOCATION_WORDS[String(snapshot.location || "").toLowerCase()];
-            show(this.location, enabled && Boolean(location));
+            dom.show(this.location, enabled && Boolean(location));
             this.location.setText(`Swap location: ${location}`);
-            show(this.body, enabled);
+            dom.show(this.body, enabled);
             if (!enabled) {
                 return;
             }
