@@ -187,6 +187,16 @@ class PackedTensor(torch.Tensor):
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self.packed, self.format, self.source = value.packed, value.format, value.source
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        # PyTorch would write through a view, which may be one of an unpacked copy.
+        raise self._immutable("assigning to an index")
+
+    def _immutable(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"{what} would write into {self!r}: packed weights are immutable. Compute with a copy,"
+            " tensor.dequantize(), or put a new Parameter in its place (load_state_dict(assign=True))"
+        )
+
     def share_memory_(self) -> PackedTensor:
         raise RuntimeError(
             f"{self!r} cannot be moved to shared memory: open the same file in the other process instead"
@@ -287,13 +297,8 @@ def _compute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _unpack_and_compute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    for argument, value in _written(func, args, kwargs):
-        for tensor in packed_tensors(value):
-            raise RuntimeError(
-                f"{func} would write into its argument {argument!r}, {tensor!r}: packed weights are"
-                " immutable. Compute with a copy, tensor.dequantize(), or put a new Parameter in its place"
-                " (load_state_dict(assign=True))"
-            )
+    for tensor in packed_tensors(_written(func, args, kwargs)):
+        raise tensor._immutable(str(func))
 
     def plain(leaf: Any) -> Any:
         return leaf.dequantize() if isinstance(leaf, PackedTensor) else leaf
@@ -302,11 +307,13 @@ def _unpack_and_compute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, value) of every argument that `func` writes into."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield argument.name, args[position] if position < len(args) else kwargs.get(argument.name)
+def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that `func` writes into."""
+    return [
+        args[position] if position < len(args) else kwargs.get(argument.name)
+        for position, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
 from . import packed_ops  # noqa: E402, F401  (fills _HANDLERS)

@@ -288,5 +288,7 @@ def _plain_like(func: Any, tensor: PackedTensor, *args: Any, **kwargs: Any) -> T
 
 
 @implements("_has_compatible_shallow_copy_type.default")
-def _has_compatible_shallow_copy_type(func: Any, tensor: Tensor, other: Tensor) -> bool:
-    return isinstance(tensor, PackedTensor) and isinstance(other, PackedTensor)
+def _has_compatible_shallow_copy_type(func: Any, tensor: Any, other: Any) -> bool:
+    # Asked by `module.to(...)` of older PyTorch, before it assigns `param.data`.
+    both_packed = isinstance(tensor, PackedTensor) and isinstance(other, PackedTensor)
+    return both_packed and func(tensor.packed, other.packed)
