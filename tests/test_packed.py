@@ -22,7 +22,7 @@ BLOCKS_PER_ROW = COLUMNS // 32
 
 
 def q8_0(rows=ROWS, columns=COLUMNS, seed=0):
-    """Random Q8_0 bytes and their values: a block is an fp16 scale and 32 signed bytes (GGUF specification)."""
+    """Random Q8_0 bytes and their values: a block is an fp16 scale and 32 signed bytes."""
     generator = torch.Generator().manual_seed(seed)
     blocks = rows * columns // 32
     scales = (torch.rand(blocks, 1, generator=generator) * 0.01 + 0.001).half()
