@@ -231,3 +231,6 @@ def _device_module() -> types.ModuleType:
 
 torch._register_device_module("simgpu", _device_module())
 torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
+
+# Until torch has initialized an accelerator, is_pinned() says no to everything, host_register'ed memory too.
+torch.empty(1).pin_memory()
