@@ -16,7 +16,7 @@ HALF_OFFSETS = {
     "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,), "F16": (0,),
 }  # fmt: skip
 
-# Zero, the smallest and largest subnormal, the smallest and largest normal number, 1, and a third, in both signs.
+# Zero, the smallest and largest subnormal, the smallest and largest normal number, 1 and 1/3, in both signs.
 _EDGES = np.array([0x0000, 0x0001, 0x03FF, 0x0400, 0x7BFF, 0x3C00, 0x3555], np.uint16)
 EDGE_SCALES = np.concatenate((_EDGES, _EDGES | 0x8000))
 
@@ -24,8 +24,8 @@ EDGE_SCALES = np.concatenate((_EDGES, _EDGES | 0x8000))
 def random_blocks(format: Format, count: int, scales: str = "any", seed: int = 0) -> np.ndarray:
     """uint8 (count, block_bytes).
 
-    scales: "any" finite fp16 number, "ordinary" (0.001 to 0.011, as trained weights have), "edge" (`EDGE_SCALES` in turn),
-    or "zero".
+    scales: "any" finite fp16 number, "ordinary" (0.001 to 0.011, as trained weights have), "edge"
+    (`EDGE_SCALES` in turn), or "zero".
     """
     label = f"{format.name} {seed}".encode()
     data = hashlib.shake_256(label).digest(count * format.block_bytes)

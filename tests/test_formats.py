@@ -42,7 +42,7 @@ def test_every_type_that_gguf_py_dequantizes_is_unpacked():
 def test_the_types_that_forge_rounds_can_be_unpacked_like_forge():
     like_forge = {row.name for row in FORMATS.values() if row.unpack_like_forge is not None}
     # Forge's eleventh type, BF16, is exact in both arithmetics.
-    assert like_forge == set("Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K".split())
+    assert like_forge == {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
 
 
 @ROWS

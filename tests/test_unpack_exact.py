@@ -20,13 +20,13 @@ BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of 8 super-blocks, so that a small tensor has many."""
-    monkeypatch.setattr(unpacking, "_CPU_CHUNK_ELEMENTS", 2048 // torch.get_num_threads())
-    monkeypatch.setattr(unpacking, "_CHUNK_ELEMENTS", 2048)
+    """Chunks of 32 super-blocks, so that a small tensor has several."""
+    monkeypatch.setattr(unpacking, "_CPU_CHUNK_ELEMENTS", 8192 // torch.get_num_threads())
+    monkeypatch.setattr(unpacking, "_CHUNK_ELEMENTS", 8192)
 
 
 def reference(format, blocks: np.ndarray) -> torch.Tensor:
-    """What gguf-py makes of the blocks, fp32 (n, block_elements); for the types that it does not know, the formula."""
+    """What gguf-py makes of the blocks, fp32 (n, block_elements); by formula for types that it lacks."""
     count = len(blocks)
     if format.name == "Q1_0":
         bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(np.float32)
@@ -56,7 +56,7 @@ def assert_same_bits(values: torch.Tensor, expected: torch.Tensor) -> None:
 @EVERY_TYPE
 @pytest.mark.parametrize("scales", ["any", "ordinary", "edge", "zero"])
 def test_values_are_those_of_gguf_py_bit_for_bit_and_rounded_once(format, scales, small_chunks):
-    blocks = ggml_blocks.random_blocks(format, 2 * 14 * 14 + 3, scales)
+    blocks = ggml_blocks.random_blocks(format, 14 * 14 + 3, scales)
     expected = reference(format, blocks)
     assert expected.isfinite().all()
     if scales in ("any", "ordinary"):
@@ -67,7 +67,7 @@ def test_values_are_those_of_gguf_py_bit_for_bit_and_rounded_once(format, scales
 
 
 @EVERY_TYPE
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 63, 64, 65, 129])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 65])
 def test_any_number_of_blocks_is_unpacked_whatever_the_chunk(format, count, small_chunks):
     blocks = ggml_blocks.random_blocks(format, 129, "ordinary")
     whole = unpacked(format, blocks)
@@ -163,38 +163,37 @@ def test_threads_do_not_disturb_each_other(small_chunks):
 
 
 @pytest.mark.simgpu
-@EVERY_TYPE
-def test_a_device_gives_the_same_values_without_transfers_or_waits(format, sim, compute_mode, small_chunks):
-    blocks = torch.from_numpy(ggml_blocks.random_blocks(format, 67, "ordinary"))
-    on_device = blocks.to("simgpu")
-    out = torch.empty(67, format.block_elements, dtype=torch.float16, device="simgpu")
-    unpack(format, on_device, out)  # constants and tables travel once
-    out.fill_(torch.nan)
-    sim.synchronize()
-    sim.reset_stats()
-    unpack(format, on_device, out)
-    stats = sim.stats()
-    moved = {name: value for name, value in stats.items() if name.startswith(("h2d", "d2h")) and value}
-    assert moved == {}
-    assert stats["host_waits"] == 0
-    assert_same_bits(out.cpu(), unpacked(format, blocks.numpy(), torch.float16))
+def test_a_device_gives_the_same_values_without_transfers_or_waits(sim, compute_mode, small_chunks):
+    for format in UNPACKED:
+        blocks = torch.from_numpy(ggml_blocks.random_blocks(format, 67, "ordinary"))
+        packed = blocks.to("simgpu")
+        out = torch.empty(67, format.block_elements, dtype=torch.float16, device="simgpu")
+        unpack(format, packed, out)  # constants and tables travel once
+        out.fill_(torch.nan)
+        sim.synchronize()
+        sim.reset_stats()
+        unpack(format, packed, out)
+        stats = sim.stats()
+        moved = {key: value for key, value in stats.items() if key.startswith(("h2d", "d2h")) and value}
+        assert moved == {}, format.name
+        assert stats["host_waits"] == 0, format.name
+        assert stats["ops"] > 0
+        assert_same_bits(out.cpu(), unpacked(format, blocks.numpy(), torch.float16))
 
 
 @pytest.mark.simgpu
-@EVERY_TYPE
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_temporaries_take_at_most_8_bytes_an_element_of_a_chunk(format, dtype, sim, monkeypatch):
+def test_temporaries_take_at_most_8_bytes_an_element_of_a_chunk(dtype, sim, monkeypatch):
     chunk = 1 << 16
     monkeypatch.setattr(unpacking, "_CHUNK_ELEMENTS", chunk)
-    count = 3 * chunk // format.block_elements
-    packed = torch.from_numpy(ggml_blocks.random_blocks(format, count, "ordinary")).to("simgpu")
-    out = torch.empty(count, format.block_elements, dtype=dtype, device="simgpu")
-    unpack(format, packed, out)
-    sim.reset_stats()
-    before = (
-        sim.stats()["allocated_bytes"]
-        if "allocated_bytes" in sim.stats()
-        else torch.simgpu.memory_allocated()
-    )
-    unpack(format, packed, out)
-    assert sim.stats()["peak_allocated_bytes"] - before <= 8 * chunk
+    for format in UNPACKED:
+        count = 3 * chunk // format.block_elements
+        packed = torch.from_numpy(ggml_blocks.random_blocks(format, count, "ordinary")).to("simgpu")
+        out = torch.empty(count, format.block_elements, dtype=dtype, device="simgpu")
+        unpack(format, packed, out)
+        sim.reset_stats()
+        before = torch.simgpu.memory_allocated()
+        unpack(format, packed, out)
+        peak = torch.simgpu.max_memory_allocated()
+        assert before <= peak <= before + 8 * chunk, format.name
+        assert peak > before or format.dtype is not None, format.name
