@@ -1,7 +1,7 @@
 """Unpacking like Forge: bit for bit what unpatched Forge computes, in fp16 and in bf16.
 
-The digests are of Forge's own output: its GGUF parameter, baked and dequantized on the CPU (Forge of June 2025,
-torch 2.13), cast to the computation dtype, for the blocks of `ggml_blocks.random_blocks(format, 67, ...)`.
+The digests are of Forge's own output: its GGUF parameter, baked and dequantized on the CPU (June 2025, torch
+2.13), cast to the computation dtype, for the blocks of `ggml_blocks.random_blocks(format, 67, ...)`.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def unpack_q6_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = to
         four = (column << 2 if plane < 2 else column >> 2).bitwise_and_(every_byte(0x3C))
         top = (pairs << (6 - 2 * plane)).bitwise_and_(every_byte(0xC0))
         q = as_numbers(four.bitwise_or_(top), 4 * n, 16, signed=True)
-        planes[:, plane] = product(q, scales[plane], computation_dtype).view(2 * n, 32)
+        planes[:, plane] = product(q, scales[plane], out.dtype).view(2 * n, 32)
 
 
 def unpack_q2_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = torch.float32) -> None:
@@ -135,7 +135,7 @@ def unpack_q3_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = to
         two = (pairs << (5 - 2 * plane) if plane < 3 else pairs >> 1).bitwise_and_(every_byte(0x60))
         top = (third << (7 - plane)).bitwise_and_(every_byte(0x80))
         q = as_numbers(two.bitwise_or_(top), 4 * n, 16, signed=True)
-        planes[:, plane] = product(q, scales[plane], computation_dtype).view(2 * n, 32)
+        planes[:, plane] = product(q, scales[plane], out.dtype).view(2 * n, 32)
 
 
 def unpack_q8_k(blocks: Tensor, out: Tensor) -> None:
