@@ -1,8 +1,8 @@
 """Makes the demonstration model: a Flux-shaped GGUF file of random weights, full in depth and small in width.
 
-No quantizer is needed: any bytes are valid quants, so the blocks are random bytes around scales that give weights
-of a standard deviation of about 1 / sqrt(fan-in). Files are reproducible: the bytes come straight from a bit
-generator whose stream NumPy guarantees, and depend on the seed and the shape alone.
+No quantizer is needed: any bytes are valid quants, so the blocks are random bytes around scales that give
+weights of a standard deviation of about 1 / sqrt(fan-in). Files are reproducible: the bytes come straight
+from a bit generator whose stream NumPy guarantees, and depend on the seed and the shape alone.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def fp16(scale: float) -> Field:
 
 
 # The fields of a block in the order of the GGUF specification, for uniformly random quants. Where a weight is
-# d * q with q of standard deviation s, the scale is 1 / s; a minimum is the scale times the mean of q, and of the
-# opposite sign, so that the weights' mean is 0. K-quants have a random sub-block scale as well, and
+# d * q with q of standard deviation s, the scale is 1 / s; a minimum is the scale times the mean of q, and of
+# the opposite sign, so that the weights' mean is 0. K-quants have a random sub-block scale as well, and
 # its root mean square joins s.
 BLOCKS: dict[str, tuple[Field, ...]] = {
     "Q4_0": (fp16(1 / 4.61), Field(16)),
@@ -96,9 +96,13 @@ def cache_folder() -> Path:
 
 
 def demo_file(
-    quant: str, *, hidden: int = 768, on_progress: Callable[[float], None] | None = None, folder: Path | None = None
+    quant: str,
+    *,
+    hidden: int = 768,
+    on_progress: Callable[[float], None] | None = None,
+    folder: Path | None = None,
 ) -> Path:
-    """The demonstration model of this quantization type in the cache folder, made there if it is not whole yet.
+    """The demonstration model of this quantization type in the cache folder, made there if need be.
 
     Args and errors are `make_demo_file`'s.
     """
@@ -141,8 +145,8 @@ def make_demo_file(
     free = shutil.disk_usage(path.parent).free
     if free < len(header) + data_bytes + DISK_RESERVE:
         raise OSError(
-            f"the demo model needs {data_bytes / 1e6:.0f} MB and {path.parent} has {free / 1e6:.0f} MB left; make "
-            "room there, or set QSWAP_CACHE to another folder"
+            f"the demo model needs {data_bytes / 1e6:.0f} MB and {path.parent} has {free / 1e6:.0f} MB left; "
+            "make room there, or set QSWAP_CACHE to another folder"
         )
     descriptor, unfinished = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
     try:
@@ -211,7 +215,7 @@ def write_data(
         # A stream of its own for each tensor: a shallower model's weights are the same as far as they go.
         bits = np.random.PCG64([seed, index])
         for chunk in tensor_chunks(tensor, bits):
-            file.write(memoryview(chunk.reshape(-1).view(np.uint8)))
+            file.write(chunk.tobytes())
         file.write(bytes(padded(tensor.nbytes) - tensor.nbytes))
         on_progress((tensor.offset + padded(tensor.nbytes)) / total)
 
@@ -240,6 +244,13 @@ def uniform(bits: np.random.PCG64, count: int, std: float) -> np.ndarray:
     """fp32 numbers of mean 0 and this standard deviation, from 16 random bits each."""
     steps = random_bytes(bits, 2 * count).view("<u2").astype(np.float32)
     return (steps / 65535 - 0.5) * (math.sqrt(12) * std)
+
+
+def quantized_weight(quant: str, shape: tuple[int, int], *, seed: int = 0) -> torch.Tensor:
+    """The packed bytes of one random weight, uint8 (rows, bytes per row), for measurements without a file."""
+    blocks = shape[0] * shape[1] // FORMATS[quant].block_elements
+    packed = random_blocks(np.random.PCG64(seed), blocks, quant, 1 / math.sqrt(shape[1]))
+    return torch.from_numpy(packed).view(shape[0], -1)
 
 
 def random_blocks(bits: np.random.PCG64, count: int, quant: str, std: float) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The denoising loop of the stand-alone host: Euler steps along the predicted flow, from noise to a latent.
 
-There is no text encoder and no VAE: text and pooled text are random by the seed, and the finished latent is shown
-as its principal components. What is left is what swapping is about, the transformer.
+There is no text encoder and no VAE: text and pooled text are random by the seed, and the finished latent is
+shown as its principal components. What is left is what swapping is about, the transformer.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def denoise(
 
     finished = unpatch(latent[0].cpu(), side)
     if not finished.isfinite().all() or finished.std() == 0:
-        raise FloatingPointError("the finished latent is not finite, or the same everywhere: the weights are unusable")
+        raise FloatingPointError(
+            "the finished latent is not finite, or the same everywhere: the weights are unusable"
+        )
     return Denoised(finished, tuple(step_seconds))
 
 
@@ -123,8 +125,8 @@ def unpatch(tokens: Tensor, side: int) -> Tensor:
 def preview(latent: Tensor, *, scale: int = 8) -> Tensor:
     """A latent (channels, rows, columns) as an RGB picture, uint8 (rows * scale, columns * scale, 3).
 
-    The three directions in which the channels vary most become red, green and blue, two standard deviations to
-    either side of the mean: there is something to see for any model's latent, without its VAE.
+    The three directions in which the channels vary most become red, green and blue, two standard deviations
+    to either side of the mean: there is something to see for any model's latent, without its VAE.
     """
     channels = latent.flatten(1)
     centred = channels - channels.mean(dim=1, keepdim=True)

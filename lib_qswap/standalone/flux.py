@@ -1,9 +1,9 @@
 """A Flux-shaped transformer of plain `nn.Linear` layers, built from whatever a Flux-family GGUF file holds.
 
-Architecture as published with FLUX.1 (double-stream blocks that modulate image and text tokens separately, then
-single-stream blocks over both), parameters named as in the black-forest-labs checkpoints. Every dimension is
-read off the tensors' shapes, so that dev, schnell, Fill and pruned variants load into the same classes.
-Nothing here knows of swapping: `lib_qswap.attach` replaces the forwards of the linear layers.
+Architecture as published with FLUX.1 (double-stream blocks that modulate image and text tokens separately,
+then single-stream blocks over both), parameters named as in the black-forest-labs checkpoints. Every
+dimension is read off the tensors' shapes, so that dev, schnell, Fill and pruned variants load into the same
+classes. Nothing here knows of swapping: `lib_qswap.attach` replaces the forwards of the linear layers.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ MISSING_SHOWN = 4
 
 
 class FluxShape(NamedTuple):
-    """The dimensions of one Flux-family transformer; every field is a count of channels unless it says otherwise."""
+    """The dimensions of one Flux-family transformer, in channels where a field does not say otherwise."""
 
     hidden: int = 768
     head_dim: int = 128
     mlp: int = 3072
     double_blocks: int = 19  # number of blocks
     single_blocks: int = 38  # number of blocks
-    in_channels: int = 64  # per token: latent channels times the 2x2 patch, plus image conditioning (Fill, Depth)
+    in_channels: int = 64  # per token: latent channels times the 2x2 patch, and image conditioning (Fill)
     out_channels: int = 64
     context: int = 4096  # per text token
     vector: int = 768  # of the pooled text embedding
@@ -107,16 +107,20 @@ class SelfAttention(nn.Module):
         return query, key, value
 
 
+def feed_forward(hidden: int, mlp: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(hidden, mlp), nn.GELU(approximate="tanh"), nn.Linear(mlp, hidden))
+
+
 class DoubleBlock(nn.Module):
     def __init__(self, shape: FluxShape) -> None:
         super().__init__()
         hidden, mlp = shape.hidden, shape.mlp
         self.img_mod = Modulation(hidden, 6)
         self.img_attn = SelfAttention(hidden, shape.head_dim)
-        self.img_mlp = nn.Sequential(nn.Linear(hidden, mlp), nn.GELU(approximate="tanh"), nn.Linear(mlp, hidden))
+        self.img_mlp = feed_forward(hidden, mlp)
         self.txt_mod = Modulation(hidden, 6)
         self.txt_attn = SelfAttention(hidden, shape.head_dim)
-        self.txt_mlp = nn.Sequential(nn.Linear(hidden, mlp), nn.GELU(approximate="tanh"), nn.Linear(mlp, hidden))
+        self.txt_mlp = feed_forward(hidden, mlp)
 
     def forward(self, img: Tensor, txt: Tensor, vector: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         img_shift, img_scale, img_gate, img_mlp_shift, img_mlp_scale, img_mlp_gate = self.img_mod(vector)
@@ -173,7 +177,7 @@ class FinalLayer(nn.Module):
 
 
 class FluxTransformer(nn.Module):
-    """Predicts the flow of a latent: (image tokens, text, pooled text, time) -> one vector per image token."""
+    """Predicts the flow of a latent: image tokens, text, pooled text and time to a vector per token."""
 
     def __init__(self, shape: FluxShape) -> None:
         super().__init__()
@@ -234,18 +238,18 @@ def attention(query: Tensor, key: Tensor, value: Tensor, rotation: Tensor) -> Te
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turns each pair of neighbouring channels of x (batch, heads, tokens, head_dim) by its token's angle, in fp32."""
+    """Turns each pair of channels of x (batch, heads, tokens, head_dim) by its token's angle, in fp32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotation
     return torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1).flatten(-2).to(x.dtype)
 
 
 def rotary_rotation(head_dim: int, text_tokens: int, rows: int, columns: int) -> Tensor:
-    """Cosines and sines of the three-axis rotary embedding, (2, text_tokens + rows * columns, head_dim / 2), fp32.
+    """Cosines and sines of the three-axis rotary embedding, fp32 (2, text tokens + rows * columns, head_dim / 2).
 
     The axes are the index of the image (always 0 here), its row and its column; text tokens stand at the
-    origin. An eighth of the channels belongs to the first axis and the rest half and half to the others (16, 56
-    and 56 of Flux's 128). Computed on the CPU in fp64: the same numbers whatever the device.
+    origin. An eighth of the channels belongs to the first axis and the rest half and half to the others (16,
+    56 and 56 of Flux's 128). Computed on the CPU in fp64: the same numbers whatever the device.
     """
     first = head_dim // 8
     second = (head_dim - first) // 2
@@ -284,15 +288,19 @@ def read_shape(tensors: Mapping[str, Tensor], path: str) -> FluxShape:
         "final_layer.linear.weight",
     )
     check_present(needed, tensors, path)
-    blocks = {tuple(name.split(".")[:2]) for name in tensors if name.startswith(("double_blocks.", "single_blocks."))}
-    # The number of different block indices: a gap in them shows as a missing tensor, however large the last one is.
+    blocks = {
+        tuple(name.split(".")[:2])
+        for name in tensors
+        if name.startswith(("double_blocks.", "single_blocks."))
+    }
+    # The number of different indices: a gap in them shows as a missing tensor, however large the last one is.
     depth = Counter(kind for kind, _ in blocks)
     hidden, in_channels = matrix_shape("img_in.weight", tensors, path)
     head_dim = tensors["double_blocks.0.img_attn.norm.query_norm.scale"].numel()
     if not head_dim or head_dim % 32 or hidden % head_dim:
         raise GGUFError(
-            f"{path}: double_blocks.0.img_attn.norm.query_norm.scale has {head_dim} channels: no head size that a "
-            f"Flux transformer of width {hidden} can have"
+            f"{path}: double_blocks.0.img_attn.norm.query_norm.scale has {head_dim} channels: no head size "
+            f"that a Flux transformer of width {hidden} can have"
         )
     return FluxShape(
         hidden=hidden,
@@ -309,7 +317,7 @@ def read_shape(tensors: Mapping[str, Tensor], path: str) -> FluxShape:
 
 
 def build(tensors: Mapping[str, PackedTensor], path: str, *, dtype: torch.dtype) -> FluxTransformer:
-    """A transformer whose parameters are the file's tensors: linear layers packed, the rest (norms) unpacked.
+    """A transformer whose parameters are the file's tensors: linear layers' weights packed, the rest unpacked.
 
     Args:
         tensors: an open GGUF file.
@@ -327,13 +335,14 @@ def build(tensors: Mapping[str, PackedTensor], path: str, *, dtype: torch.dtype)
     for name, parameter in expected.items():
         if named[name].shape != parameter.shape:
             raise GGUFError(
-                f"{path}: tensor {name} has shape {tuple(named[name].shape)}, a Flux transformer of this width "
-                f"needs {tuple(parameter.shape)}"
+                f"{path}: tensor {name} has shape {tuple(named[name].shape)}, a Flux transformer of this "
+                f"width needs {tuple(parameter.shape)}"
             )
     for module_name, module in model.named_modules():
         for leaf in module._parameters:
             tensor = named[f"{module_name}.{leaf}"]
-            value = tensor.with_dtype(dtype) if isinstance(module, nn.Linear) else tensor.dequantize(dtype)
+            packed = leaf == "weight" and isinstance(module, nn.Linear)
+            value = tensor.with_dtype(dtype) if packed else tensor.dequantize(dtype)
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
     return model.eval()
 

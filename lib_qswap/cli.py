@@ -1,0 +1,291 @@
+"""The `qswap` command.
+
+Each command imports what it needs when it runs, so that `qswap --help` is immediate and `qswap inspect` needs
+no Gradio. What a user can get wrong (arguments, files) ends with one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lib_qswap import __version__
+
+if TYPE_CHECKING:
+    from lib_qswap.standalone.budget import Budget
+    from lib_qswap.standalone.host import StandaloneHost
+
+LOCATIONS = ("auto", "gpu", "shared", "cpu", "disk")
+BENCHMARKS = ("dequant", "load", "step", "all")
+# Names without importing what makes them; a test holds this against `demo_file.QUANTS`.
+DEMO_QUANTS = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+    "F16",
+)
+DEFAULT_STEPS = 4
+DEFAULT_PIXELS, DEFAULT_PIXELS_ON_CPU = 256, 128
+
+
+class UsageError(Exception):
+    """What the user can mend, as one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print the usage as well."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    parsed = build_parser().parse_args(arguments)
+    from lib_qswap import GGUFError
+    from lib_qswap.panel.report import printable
+
+    try:
+        return parsed.command(parsed)
+    except (UsageError, GGUFError) as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    print(f"qswap: {printable(' '.join(message.split()))}", file=sys.stderr)
+    return 2
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="qswap", description="Run quantized diffusion models that do not fit into GPU memory."
+    )
+    parser.add_argument("--version", action="version", version=f"qswap {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> Parser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=run)
+        sub.add_argument("--json", action="store_true", help="print JSON instead of text")
+        return sub
+
+    sub = command("inspect", inspect, "What is in a GGUF file: tensors, types, shapes, bytes, problems.")
+    sub.add_argument("file", type=Path)
+
+    sub = command("demo", demo, "Make a Flux-shaped model of random weights once, run it, show the panel.")
+    sub.add_argument("--quant", default="Q4_K", choices=DEMO_QUANTS, help="type of its blocks (default Q4_K)")
+    add_run_arguments(sub)
+
+    sub = command("run", run, "Run a Flux-family GGUF file, show the panel.")
+    sub.add_argument("file", type=Path)
+    add_run_arguments(sub)
+
+    sub = command("plan", plan, "Which layers a budget keeps resident, and how long a step then takes.")
+    sub.add_argument("--profile", type=Path, required=True, metavar="P.json", help="layers and link speed")
+    sub.add_argument("--budget", type=budget, required=True, help="50%% of the layers, or 512MB; with ring")
+
+    sub = command("bench", bench, "Measure unpacking, loading and steps on this machine.")
+    sub.add_argument("what", choices=BENCHMARKS)
+    sub.add_argument("--quant", default="Q4_K", choices=DEMO_QUANTS)
+    sub.add_argument("--device", default="auto")
+
+    sub = command("doctor", doctor, "What this machine and a web UI offer QSwap.")
+    sub.add_argument("--webui", type=Path, metavar="DIR", help="folder of a Stable Diffusion WebUI")
+    return parser
+
+
+def add_run_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--headless", action="store_true", help="no page: print the summary and the residency table")
+    add(
+        "--location",
+        default="auto",
+        type=str.lower,
+        choices=LOCATIONS,
+        help="home of the weights (default auto)",
+    )
+    add("--budget", type=budget, help="device bytes for weights: 25%%, 512MB, 2GB (default: what is free)")
+    add("--steps", type=positive, default=DEFAULT_STEPS, help=f"denoising steps (default {DEFAULT_STEPS})")
+    add(
+        "--size",
+        type=positive,
+        help=f"side of the image in pixels (default {DEFAULT_PIXELS}; on the CPU {DEFAULT_PIXELS_ON_CPU})",
+    )
+    add("--seed", type=int, default=0)
+    add("--arithmetic", default="exact", choices=("exact", "like-forge"), help="how weights are rounded")
+    add("--device", default="auto", help="auto, cpu, cuda, xpu, mps, or another that torch knows")
+    add("--port", type=port, default=7861, help="of the page (default 7861)")
+    add("--open", action="store_true", help="open the page in the browser")
+
+
+def budget(text: str) -> Budget:
+    from lib_qswap.standalone.budget import Budget
+
+    try:
+        return Budget.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)
+
+
+def port(text: str) -> int:
+    number = positive(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port: ports end at 65535")
+    return number
+
+
+# -------------------------------------------------------------------------------- commands
+def demo(arguments: argparse.Namespace) -> int:
+    from lib_qswap.standalone.demo_file import demo_file
+    from lib_qswap.standalone.headless import Progress
+
+    return run_file(demo_file(arguments.quant, on_progress=Progress("making the demo model")), arguments)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return run_file(arguments.file, arguments)
+
+
+def run_file(path: Path, arguments: argparse.Namespace) -> int:
+    host = make_host(path, arguments)
+    if not arguments.headless:
+        from lib_qswap.standalone.app import serve
+
+        return serve(host, port=arguments.port, open_browser=arguments.open)
+    from lib_qswap.standalone.headless import report, run_headless
+
+    try:
+        summary, snapshot = run_headless(host)
+    except FloatingPointError as error:
+        raise UsageError(f"{path}: {error}") from None
+    print_result(arguments, summary.as_dict(), report(path, summary, snapshot))
+    return 0
+
+
+def make_host(path: Path, arguments: argparse.Namespace) -> StandaloneHost:
+    from lib_qswap.standalone.host import Settings, StandaloneHost, find_device
+
+    try:
+        device = find_device(arguments.device)
+        pixels = arguments.size or (DEFAULT_PIXELS_ON_CPU if device.type == "cpu" else DEFAULT_PIXELS)
+        settings = Settings(
+            location=arguments.location,
+            budget=arguments.budget,
+            arithmetic="exact" if arguments.arithmetic == "exact" else "like Forge",
+            steps=arguments.steps,
+            pixels=pixels,
+            seed=arguments.seed,
+        )
+        return StandaloneHost(path, device, settings)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    from lib_qswap.panel.report import printable
+    from lib_qswap.quant.inspect import format_report, inspect_file
+
+    found = inspect_file(arguments.file)
+    print_result(arguments, found, "\n".join(map(printable, format_report(found).split("\n"))))
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    from lib_qswap.swap.planner import make_plan
+
+    layers, link_bytes_per_s = read_profile(arguments.profile)
+    total_bytes = sum(layer.nbytes for layer in layers)
+    try:
+        made = make_plan(
+            layers, budget_bytes=arguments.budget.of(total_bytes), link_bytes_per_s=link_bytes_per_s
+        )
+    except ValueError as error:
+        raise UsageError(f"{arguments.profile}: {error}") from None
+    answer = {
+        "resident": list(made.resident),
+        "ring_bytes": made.ring_bytes,
+        "step_s": made.step_s,
+        "bound_s": made.bound_s,
+    }
+    resident_bytes = sum(layer.nbytes for layer in layers if layer.name in set(made.resident))
+    text = [
+        f"resident  {len(made.resident)} of {len(layers)} layers, {resident_bytes:,} of {total_bytes:,} B",
+        f"ring      {made.ring_bytes:,} bytes",
+        f"step      {made.step_s:.4f} s (bound {made.bound_s:.4f} s)",
+        *made.resident,
+    ]
+    print_result(arguments, answer, "\n".join(text))
+    if made.message:
+        print(made.message, file=sys.stderr)
+    return 0
+
+
+def read_profile(path: Path) -> tuple[list[Any], float]:
+    """The layers (`planner.LayerCost`) and the link's bytes per second of a profile."""
+    from lib_qswap.swap.planner import LayerCost
+
+    def number(value: Any, field: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise UsageError(f"{path}: {field} must be a number and not negative, not {value!r}")
+        return value
+
+    try:
+        profile = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not JSON: {error}") from None
+    if not isinstance(profile, dict) or not isinstance(profile.get("layers"), list):
+        raise UsageError(f'{path}: a profile is {{"link_bytes_per_s": ..., "layers": [...]}}')
+    link_bytes_per_s = number(profile.get("link_bytes_per_s"), "link_bytes_per_s")
+    if not link_bytes_per_s:
+        raise UsageError(f"{path}: link_bytes_per_s must not be 0")
+    layers = []
+    for index, layer in enumerate(profile["layers"]):
+        if not isinstance(layer, dict) or not isinstance(layer.get("name"), str):
+            raise UsageError(
+                f'{path}: layers[{index}] must be {{"name": ..., "bytes": ..., "compute_s": ...}}'
+            )
+        nbytes = number(layer.get("bytes"), f"layers[{index}].bytes")
+        if nbytes != int(nbytes):
+            raise UsageError(f"{path}: layers[{index}].bytes must be a whole number, not {nbytes!r}")
+        compute_s = number(layer.get("compute_s"), f"layers[{index}].compute_s")
+        layers.append(LayerCost(layer["name"], int(nbytes), compute_s))
+    return layers, link_bytes_per_s
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    from lib_qswap.standalone.bench import run_benchmarks
+    from lib_qswap.standalone.host import find_device
+
+    try:
+        device = find_device(arguments.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    names = BENCHMARKS[:-1] if arguments.what == "all" else (arguments.what,)
+    results, lines = run_benchmarks(names, quant=arguments.quant, device=device)
+    print_result(arguments, results, "\n".join(lines))
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from lib_qswap.doctor import examine
+
+    try:
+        findings = examine(arguments.webui)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    print_result(arguments, asdict(findings), "\n".join(findings.lines()))
+    return 0 if findings.supported else 1
+
+
+def print_result(arguments: argparse.Namespace, data: Any, text: str) -> None:
+    print(json.dumps(data, indent=2) if arguments.json else text)
