@@ -159,9 +159,8 @@ def run(arguments: argparse.Namespace) -> int:
 def run_file(path: Path, arguments: argparse.Namespace) -> int:
     host = make_host(path, arguments)
     if not arguments.headless:
-        from lib_qswap.standalone.app import serve
-
-        return serve(host, port=arguments.port, open_browser=arguments.open)
+        serve_page(host, arguments)
+        return 0
     from lib_qswap.standalone.headless import report, run_headless
 
     try:
@@ -170,6 +169,21 @@ def run_file(path: Path, arguments: argparse.Namespace) -> int:
         raise UsageError(f"{path}: {error}") from None
     print_result(arguments, summary.as_dict(), report(path, summary, snapshot))
     return 0
+
+
+def serve_page(host: StandaloneHost, arguments: argparse.Namespace) -> None:
+    try:
+        from lib_qswap.standalone.app import serve
+    except ImportError as error:
+        raise UsageError(
+            f"the page needs {error.name}: `pip install 'qswap[demo]'`, or use --headless"
+        ) from None
+
+    def announce(url: str) -> None:
+        text = json.dumps({"url": url}) if arguments.json else f"The page is at {url} (Ctrl-C ends it)."
+        print(text, flush=True)
+
+    serve(host, port=arguments.port, open_browser=arguments.open, announce=announce)
 
 
 def make_host(path: Path, arguments: argparse.Namespace) -> StandaloneHost:

@@ -245,7 +245,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def rotary_rotation(head_dim: int, text_tokens: int, rows: int, columns: int) -> Tensor:
-    """Cosines and sines of the three-axis rotary embedding, fp32 (2, text tokens + rows * columns, head_dim / 2).
+    """Cosines and sines of the three-axis rotary embedding, (2, tokens, head_dim / 2) in fp32.
 
     The axes are the index of the image (always 0 here), its row and its column; text tokens stand at the
     origin. An eighth of the channels belongs to the first axis and the rest half and half to the others (16,
@@ -317,7 +317,7 @@ def read_shape(tensors: Mapping[str, Tensor], path: str) -> FluxShape:
 
 
 def build(tensors: Mapping[str, PackedTensor], path: str, *, dtype: torch.dtype) -> FluxTransformer:
-    """A transformer whose parameters are the file's tensors: linear layers' weights packed, the rest unpacked.
+    """A transformer whose parameters are the file's tensors: matrices packed, vectors unpacked.
 
     Args:
         tensors: an open GGUF file.

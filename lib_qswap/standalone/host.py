@@ -87,8 +87,8 @@ def find_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, AttributeError, ImportError) as error:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, AttributeError, ImportError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"device {name} cannot be used: {reason}") from None
     return device
