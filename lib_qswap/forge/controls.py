@@ -48,7 +48,7 @@ def patches() -> list[Patch]:
 
 @fails_soft(None)
 def watch_component(component: Any, **_kwargs: Any) -> None:
-    """For `on_after_component`: finds the preset and the slider at the top of the page and listens to the user."""
+    """For `on_after_component`: finds the preset and the slider at the top of the page, to listen to them."""
     from gradio.context import Context
 
     if Context.root_block is None:

@@ -421,8 +421,8 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
         keep.append(loaded)
     else:
         mm.current_loaded_models.remove(loaded)
-        had = attachment.budget_bytes or 0
-        if budget < had or budget > had + REGROW_BYTES:
+        had = attachment.budget_bytes
+        if had is None or budget < had or budget > had + REGROW_BYTES:
             attachment.rebalance(budget)
     mm.current_loaded_models.insert(0, loaded)
 
