@@ -126,7 +126,11 @@ def make_page(host: StandaloneHost, worker: Worker) -> gr.Blocks:
                 button = gr.Button("Generate", variant="primary")
                 progress = gr.HTML(progress_html(worker.status))
             picture = gr.Image(
-                label="Latent (principal components)", format="png", interactive=False, height=PREVIEW_PIXELS
+                label="Latent (principal components)",
+                format="png",
+                interactive=False,
+                height=PREVIEW_PIXELS,
+                buttons=["download", "fullscreen"],
             )
         gr.HTML(mount_html("qswap-panel"))
         with gr.Accordion("Residency after the last generation", open=False):
