@@ -33,7 +33,7 @@ def patches() -> list[Patch]:
 
 def _weights_manual_cast(
     original: Any,
-    layer: torch.nn.Module,
+    layer: Any,
     x: torch.Tensor,
     skip_weight_dtype: bool = False,
     skip_bias_dtype: bool = False,
@@ -45,38 +45,36 @@ def _weights_manual_cast(
         if not isinstance(layer.weight, PackedTensor) or skip_weight_dtype:
             return original(layer, x, skip_weight_dtype, skip_bias_dtype, weight_fn, bias_fn)
         # Too small to be swapped, or computed on the CPU: the weight is where it is needed, only packed.
-        weight = loading.dequantize(layer.weight.to(x.device), x.dtype)
-        bias = layer.bias
-        return _with_lora(layer, "weight", weight), _with_lora(layer, "bias", _cast(bias, x)), None
+        weight, bias = _cast(layer.weight, x), _cast(layer.bias, x)
+        return _with_lora(layer, "weight", weight), _with_lora(layer, "bias", bias), None
     attachment, swapped = managed
     lease = attachment.acquire(swapped)
     try:
-        weight = lease.parts["weight"]
-        master = weight
+        packed, scale, plain_bias = (lease.parts.get(name) for name in ("weight", "scale_weight", "bias"))
+        assert packed is not None
+        weight = packed
         if not skip_weight_dtype:
             weight = weight_for(
-                weight,
+                packed,
                 x.dtype,
                 attachment.state.scratch,
                 arithmetic=attachment.arithmetic,
-                computation_dtype=weight.dtype,
+                computation_dtype=packed.dtype,
             )
-        scale = lease.parts.get("scale_weight")
         if scale is not None:
             weight = weight * scale.to(weight.dtype)
-        weight = _with_lora(layer, "weight", weight, master)
-        bias = lease.parts.get("bias")
-        if bias is not None and not (skip_bias_dtype and weight_fn is None):
-            bias = _cast(bias, x)
-        return weight, _with_lora(layer, "bias", bias, lease.parts.get("bias")), lease
+        bias = plain_bias if skip_bias_dtype else _cast(plain_bias, x)
+        return _with_lora(layer, "weight", weight, packed), _with_lora(layer, "bias", bias, plain_bias), lease
     except BaseException:
         lease.release()
         raise
 
 
 def _cast(tensor: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """`tensor` where and as `x` is."""
     if isinstance(tensor, PackedTensor):
-        return loading.dequantize(tensor.to(x.device), x.dtype)
+        there: Any = tensor.to(x.device)
+        return loading.dequantize(there, x.dtype)
     return None if tensor is None else tensor.to(device=x.device, dtype=x.dtype)
 
 

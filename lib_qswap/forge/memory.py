@@ -111,9 +111,9 @@ def _attachment_for(patcher: Any) -> Attachment:
             if module is not None:
                 _layers[module] = (attachment, layer)
         for reference in attachment.gathered:
-            module = reference()
-            if module is not None:
-                _keep_on_host(module)
+            embedding = reference()
+            if embedding is not None:
+                _keep_on_host(embedding)
     attachment.configure(
         location=chosen.location,
         pin_budget_bytes=chosen.pin_budget_bytes,
@@ -147,7 +147,7 @@ def _roots(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [getattr(child, "transformer", child) for child in model.children()] or [model]
 
 
-def _keep_on_host(module: torch.nn.Module) -> None:
+def _keep_on_host(module: torch.nn.Embedding) -> None:
     """The embedding stays where it is when Forge moves it; only the dtype that it asks for is noted, for the
     rows."""
     reference = weakref.ref(module)
@@ -162,21 +162,26 @@ def _keep_on_host(module: torch.nn.Module) -> None:
     module.__dict__["_apply"] = note_dtype
 
 
+def release(attachment: Attachment, model: torch.nn.Module) -> None:
+    """Gives one model back to Forge as it was made: its own flags, its parameters on the CPU, still packed."""
+    _set_manual_cast(attachment, managed=False)
+    attachment.detach()
+    for reference in attachment.gathered:
+        embedding = reference()
+        if embedding is not None:
+            embedding.__dict__.pop("_apply", None)
+            _gathered.pop(embedding, None)
+    for layer in attachment.layers:
+        module = layer.module()
+        if module is not None:
+            _layers.pop(module, None)
+    _attachments.pop(model, None)
+
+
 def release_all() -> None:
-    """Gives every model back as Forge made it (still packed where it was); for switching off."""
+    """Gives every model back, for switching off."""
     for model, attachment in list(_attachments.items()):
-        _set_manual_cast(attachment, managed=False)
-        attachment.detach()
-        for reference in attachment.gathered:
-            module = reference()
-            if module is not None:
-                module.__dict__.pop("_apply", None)
-                _gathered.pop(module, None)
-        for layer in attachment.layers:
-            module = layer.module()
-            if module is not None:
-                _layers.pop(module, None)
-        del _attachments[model]
+        release(attachment, model)
 
 
 # -------------------------------------------------------------------------------------------- load and unload
@@ -215,7 +220,7 @@ def _load_managed(loaded: Any, budget_bytes: int | None) -> torch.nn.Module:
 def _set_manual_cast(attachment: Attachment, *, managed: bool) -> None:
     """Forge's layers ask for their weights through weights_manual_cast only if this flag is set."""
     for layer in attachment.layers:
-        module = layer.module()
+        module: Any = layer.module()
         if module is None:
             continue
         if managed and "prev_parameters_manual_cast" not in module.__dict__:
@@ -416,7 +421,7 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
                 "layers itself.",
                 "warning",
             )
-            _abandon(attachment, patcher.model)
+            release(attachment, patcher.model)
             loaded.model_load(0)
         keep.append(loaded)
     else:
@@ -441,15 +446,6 @@ def _leave_to_host(patcher: Any, loaded: Any, keep: list[Any]) -> None:
     mm.current_loaded_models.insert(0, loaded)
     reason = "bitsandbytes weights" if _is_bnb(patcher.model) else "fits whole and has no packed weights"
     ledger.note_unmanaged(name, f"left to Forge: {reason}")
-
-
-def _abandon(attachment: Attachment, model: torch.nn.Module) -> None:
-    attachment.detach()
-    _attachments.pop(model, None)
-    for layer in attachment.layers:
-        module = layer.module()
-        if module is not None:
-            _layers.pop(module, None)
 
 
 def _limited(budget_bytes: float) -> int:

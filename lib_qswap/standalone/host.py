@@ -182,7 +182,7 @@ class StandaloneHost:
                 )
             finally:
                 attachment.end_run()
-            picture = attachment.snapshot()
+            picture = ledger.model_snapshot(attachment)
             stall = sum(step.stall_s for step in times)
             return denoised, Summary(
                 output_sha256=denoised.sha256,

@@ -165,13 +165,15 @@ class Layer:
         now, master = module._parameters[part.name], (home or self.home).tensor(part)
         if now is None or isinstance(now, PackedTensor) != isinstance(master, PackedTensor):
             return True
-        if isinstance(now, PackedTensor) and isinstance(master, PackedTensor):
-            now, master = now.packed, master.packed
-        return now.data_ptr() != master.data_ptr()
+        return _address(now) != _address(master)
 
     def part_views(self, payload: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parts inside `payload`."""
         return {part.name: part.view(payload) for part in self.parts}
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return (tensor.packed if isinstance(tensor, PackedTensor) else tensor).data_ptr()
 
 
 def parts_of(module: torch.nn.Module) -> tuple[Part, ...]:

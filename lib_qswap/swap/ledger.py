@@ -80,10 +80,73 @@ def snapshot() -> dict[str, Any]:
         "enabled": True,
         "device": str(device.device) if device is not None else None,
         "location": models[-1].location if models else None,
-        "models": [model.snapshot() for model in models] + notes,
+        "models": [model_snapshot(model) for model in models] + notes,
         "device_memory": memory,
         "messages": messages,
     }
+
+
+def model_snapshot(model: Attachment) -> dict[str, Any]:
+    """One entry of the snapshot's `models`."""
+    states = model.state.streamer.states() if model.active else {}
+    layers = []
+    pinned = 0
+    for index, layer in enumerate(model.layers):
+        home = layer.home
+        pinned += layer.payload_bytes if home.page_locked else 0
+        state = "resident" if layer.resident is not None else states.get(layer, "swapped")
+        layers.append(
+            {
+                "i": index,
+                "name": layer.name,
+                "kind": layer.kind,
+                "quant": layer.quant,
+                "bytes": layer.payload_bytes,
+                "params": layer.elements,
+                "home": home.kind,
+                "state": state,
+                "uses": layer.times.uses,
+                "stall_us": round(layer.times.stall_s * 1e6),
+            }
+        )
+    swapped = sum(layer.payload_bytes for layer in model.layers if layer.resident is None)
+    return {
+        "name": model.name,
+        "managed": True,
+        "active": model.active,
+        "bytes": {
+            "total": model.payload_bytes + model.fixed_bytes,
+            "fixed": model.fixed_bytes if model.active else 0,
+            "budget": model.budget_bytes,
+            "resident": model.resident_bytes,
+            "ring": model.state.streamer.ring_bytes,
+            "scratch": model.state.scratch.nbytes,
+            "pinned": pinned,
+            "pin_budget": model.state.pin_budget.limit_bytes,
+            "swapped_per_step": swapped if model.active else 0,
+        },
+        "step": _step_snapshot(model, swapped),
+        "layers": layers,
+    }
+
+
+def _step_snapshot(model: Attachment, swapped_bytes: int) -> dict[str, Any]:
+    roots = {id(reference()) for reference in model.roots}
+    finished = [step for step in list(model.state.streamer.timeline.finished) if step.root in roots]
+    step: dict[str, Any] = {"index": model.step_index, "of": model.steps}
+    if finished:
+        last = finished[-1]
+        compute = last.seconds - last.stall_s
+        link = model.link_bytes_per_s()
+        step |= {
+            "seconds": last.seconds,
+            "compute_s": compute,
+            "stall_s": last.stall_s,
+            "h2d_bytes": last.h2d_bytes,
+            "link_bytes_per_s": link,
+            "bound_s": max(compute, swapped_bytes / link),
+        }
+    return step
 
 
 def trace_events() -> list[dict[str, Any]]:

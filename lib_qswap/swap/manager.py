@@ -11,31 +11,23 @@ from typing import Any
 
 import torch
 
-from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.quant.unpack import Arithmetic
 from lib_qswap.swap import ledger, planner
-from lib_qswap.swap.copier import Copier
 from lib_qswap.swap.device import Device, device_of
-from lib_qswap.swap.execute import Forward, GatheredForward, Scratch, can_gather
+from lib_qswap.swap.device_state import state_of
+from lib_qswap.swap.execute import Forward, GatheredForward
 from lib_qswap.swap.home import (
     LOCATIONS,
-    Home,
     Location,
-    PinBudget,
     choose_homes,
     default_pin_budget_bytes,
     fill_arena,
     use_file,
 )
-from lib_qswap.swap.layer import Layer, Part, parts_of, payload_bytes
+from lib_qswap.swap.inventory import Inventory
+from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.planner import LayerCost, Plan
-from lib_qswap.swap.streamer import Lease, ResidentLease, Streamer
-
-FIXED_BELOW_BYTES = 64 << 10
-"""A layer smaller than this stays on the device: its copy would cost more in latency than in bytes."""
-
-GATHERED_FROM_BYTES = 16 << 20
-"""An embedding of this size and more stays on the host, and its rows are gathered there."""
+from lib_qswap.swap.streamer import Lease, ResidentLease
 
 ASSUMED_LINK_BYTES_PER_S = 12e9
 ASSUMED_FLOPS = 20e12
@@ -46,68 +38,6 @@ ASSUMED_TOKENS = 4096
 REPLAN_GAIN = 0.97
 """A plan from measured times replaces the first one only if it predicts a step this much shorter: residents
 have to move for it."""
-
-
-class DeviceState:
-    """What all models on one device share: the pin budget, the copier, the ring, the scratch."""
-
-    def __init__(self, device: Device) -> None:
-        self.device = device
-        self.pin_budget = PinBudget(default_pin_budget_bytes())
-        self.copier = Copier(device, self.pin_budget)
-        self.streamer = Streamer(device, self.copier)
-        self.scratch = Scratch(device)
-        self.active: weakref.WeakSet[Attachment] = weakref.WeakSet()
-
-    @property
-    def shared_bytes(self) -> int:
-        """Device bytes of ring and scratch."""
-        return self.streamer.ring_bytes + self.scratch.nbytes
-
-    def fit(self) -> None:
-        """Gives ring, scratch and staging the sizes that the active models need. Only between steps."""
-        ring = max((model.plan.ring_bytes for model in self.active if model.plan is not None), default=0)
-        scratch = max((model.scratch_bytes for model in self.active), default=0)
-        self.streamer.resize(ring)
-        self.scratch.resize(scratch)
-        self.copier.use_worker(any(model.needs_worker() for model in self.active))
-
-
-_states: dict[torch.device, DeviceState] = {}
-
-
-def state_of(device: Device) -> DeviceState:
-    """The one state of a device."""
-    found = _states.get(device.device)
-    if found is None:
-        found = _states[device.device] = DeviceState(device)
-    return found
-
-
-class _Fixed:
-    """A parameter or buffer that is on the device as long as its model is active."""
-
-    __slots__ = ("is_buffer", "master", "module", "name")
-
-    def __init__(self, module: torch.nn.Module, name: str, master: torch.Tensor, is_buffer: bool) -> None:
-        self.module = weakref.ref(module)
-        self.name, self.master, self.is_buffer = name, master, is_buffer
-
-    def bind(self, tensor: torch.Tensor) -> None:
-        module = self.module()
-        if module is None:
-            return
-        if self.is_buffer:
-            module._buffers[self.name] = tensor
-        else:
-            module._parameters[self.name] = torch.nn.Parameter(tensor, requires_grad=False)
-
-    def adopt(self) -> None:
-        """Takes what the module has now for the master."""
-        module = self.module()
-        now = module._parameters.get(self.name) if module is not None and not self.is_buffer else None
-        if now is not None:
-            self.master = now.detach()
 
 
 class Attachment:
@@ -156,8 +86,10 @@ class Attachment:
         self._replanned = False
         self._hooks: list[Any] = []
         self._forwards: list[tuple[weakref.ref[torch.nn.Module], Any]] = []
-        self._sort(module, can_swap)
-        self._roots = [weakref.ref(root) for root in (roots if roots is not None else [module])]
+        self.inventory = Inventory(module, can_swap)
+        self.layers = self.inventory.layers
+        self.gathered = self.inventory.gathered
+        self.roots = [weakref.ref(root) for root in (roots if roots is not None else [module])]
         self._hook_roots(module)
         ledger.register(self)
         # The attachment holds its modules weakly, and lives as long as its model does.
@@ -165,49 +97,6 @@ class Attachment:
         self._finalizer.atexit = False
 
     # ------------------------------------------------------------------------------------- what the model has
-    def _sort(self, module: torch.nn.Module, can_swap: Callable[[torch.nn.Module], bool]) -> None:
-        """Sorts parameters and buffers into layers (swapped as a whole), gathered embeddings, and what is
-        fixed."""
-        owners: dict[int, int] = {}
-        for child in module.modules():
-            for parameter in child._parameters.values():
-                if parameter is not None:
-                    owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-        self.layers: list[Layer] = []
-        self.gathered: list[weakref.ref[torch.nn.Embedding]] = []
-        self._fixed: list[_Fixed] = []
-        for name, child in module.named_modules():
-            own = [parameter for parameter in child._parameters.values() if parameter is not None]
-            tied = any(owners[id(parameter)] > 1 for parameter in own)
-            if own and can_gather(child) and _packed_nbytes(own[0]) >= GATHERED_FROM_BYTES:
-                assert isinstance(child, torch.nn.Embedding)
-                self.gathered.append(weakref.ref(child))
-            elif own and not tied and can_swap(child) and self._add_layer(name, child):
-                pass
-            else:
-                for key, parameter in child._parameters.items():
-                    if parameter is not None:
-                        self._fixed.append(_Fixed(child, key, parameter.detach(), is_buffer=False))
-            for key, buffer in child._buffers.items():
-                if buffer is not None:
-                    self._fixed.append(_Fixed(child, key, buffer, is_buffer=True))
-        self.by_module: weakref.WeakKeyDictionary[torch.nn.Module, Layer] = weakref.WeakKeyDictionary()
-        for layer in self.layers:
-            owner = layer.module()
-            if owner is not None:
-                self.by_module[owner] = layer
-
-    def _add_layer(self, name: str, module: torch.nn.Module) -> bool:
-        try:
-            parts = parts_of(module)
-        except ValueError:
-            return False
-        if payload_bytes(parts) < FIXED_BELOW_BYTES:
-            return False
-        kind = type(module).__name__
-        self.layers.append(Layer(name, kind, weakref.ref(module), parts, payload_bytes(parts), Home(parts)))
-        return True
-
     def _hook_roots(self, module: torch.nn.Module) -> None:
         reference = weakref.ref(self)
 
@@ -221,7 +110,7 @@ class Attachment:
             if attachment is not None:
                 attachment.state.streamer.end_step(id(root))
 
-        for reference_to_root in self._roots:
+        for reference_to_root in self.roots:
             root = reference_to_root()
             if root is not None:
                 self._hooks.append(root.register_forward_pre_hook(before))
@@ -254,7 +143,7 @@ class Attachment:
 
     @property
     def fixed_bytes(self) -> int:
-        return sum({id(fixed.master): _packed_nbytes(fixed.master) for fixed in self._fixed}.values())
+        return self.inventory.fixed_bytes
 
     @property
     def resident_bytes(self) -> int:
@@ -363,11 +252,11 @@ class Attachment:
         self.state.active.add(self)
         self.state.fit()
         if not was_active:
-            self._bind_fixed()
+            self.inventory.bind_fixed_to(self.device.device)
         for layer in self.layers:
             if layer.name in resident and layer.resident is None:
                 self.state.streamer.upload(layer)
-        for reference in self._roots:
+        for reference in self.roots:
             root = reference()
             if root is not None:
                 inside = set(map(id, root.modules()))
@@ -382,11 +271,11 @@ class Attachment:
         return planner.make_plan(
             costs,
             budget_bytes=max(0, budget_bytes - self.fixed_bytes - self.scratch_bytes),
-            link_bytes_per_s=self._link_bytes_per_s(),
+            link_bytes_per_s=self.link_bytes_per_s(),
             ring_bytes=self._ring_bytes,
         )
 
-    def _link_bytes_per_s(self) -> float:
+    def link_bytes_per_s(self) -> float:
         steps = [step for step in self.state.streamer.timeline.finished if step.copy_s > 0]
         if not steps:
             return ASSUMED_LINK_BYTES_PER_S
@@ -428,15 +317,6 @@ class Attachment:
                     master = layer.home.tensor(part)
                     module._parameters[part.name] = torch.nn.Parameter(master, requires_grad=False)
 
-    def _bind_fixed(self) -> None:
-        moved: dict[int, torch.Tensor] = {}
-        with torch.inference_mode(False), torch.no_grad():
-            for fixed in self._fixed:
-                key = id(fixed.master)
-                if key not in moved:
-                    moved[key] = fixed.master.to(self.device.device, copy=self.device.is_host)
-                fixed.bind(moved[key])
-
     def give_up(self, nbytes: int) -> None:
         """Drops residents, the last ones first, until `nbytes` of device memory are free, for another model;
         the fixed ones too where that is not enough. The next `rebalance` brings back what fits then. Only
@@ -460,32 +340,28 @@ class Attachment:
         what it put in their place becomes the master afterwards, and what it puts back later is
         recognised."""
         if self.active:
-            self._bind_fixed_masters()
+            self.inventory.bind_fixed_to_masters()
         try:
             yield
         finally:
             changed = [layer for layer in self.layers if layer.adopt()]
             self.state.streamer.quiesce()
             self.state.streamer.evict([layer for layer in changed if layer.resident is not None])
-            for fixed in self._fixed:
+            for fixed in self.inventory.fixed:
                 fixed.adopt()
             if changed:
                 self.budget_bytes = None
             if self.active:
-                self._bind_fixed()
-
-    def _bind_fixed_masters(self) -> None:
-        for fixed in self._fixed:
-            fixed.bind(fixed.master)
+                self.inventory.bind_fixed_to(self.device.device)
 
     def unload(self) -> None:
         """Drops every device copy. Nothing is moved: the masters have been there all the time."""
         self.state.streamer.quiesce()
         self.state.streamer.evict([layer for layer in self.layers if layer.resident is not None])
         if self.plan is not None:
-            self._bind_fixed_masters()
+            self.inventory.bind_fixed_to_masters()
         self.plan = None
-        for reference in self._roots:
+        for reference in self.roots:
             root = reference()
             if root is not None:
                 self.state.streamer.order.forget(id(root))
@@ -547,7 +423,7 @@ class Attachment:
             costs,
             self.plan.resident,
             ring_bytes=self.plan.ring_bytes,
-            link_bytes_per_s=self._link_bytes_per_s(),
+            link_bytes_per_s=self.link_bytes_per_s(),
         )
         if plan.step_s < REPLAN_GAIN * now:
             self.rebalance(self.budget_bytes)
@@ -556,78 +432,10 @@ class Attachment:
         """The weights of `layer` on the device; see `Streamer.acquire`."""
         return self.state.streamer.acquire(layer)
 
-    # ---------------------------------------------------------------------------------------------- reporting
-    def snapshot(self) -> dict[str, Any]:
-        """This model's entry in the ledger's snapshot."""
-        states = self.state.streamer.states() if self.active else {}
-        layers = []
-        pinned = 0
-        for index, layer in enumerate(self.layers):
-            home = layer.home
-            pinned += layer.payload_bytes if home.page_locked else 0
-            state = "resident" if layer.resident is not None else states.get(layer, "swapped")
-            layers.append(
-                {
-                    "i": index,
-                    "name": layer.name,
-                    "kind": layer.kind,
-                    "quant": layer.quant,
-                    "bytes": layer.payload_bytes,
-                    "params": layer.elements,
-                    "home": home.kind,
-                    "state": state,
-                    "uses": layer.times.uses,
-                    "stall_us": round(layer.times.stall_s * 1e6),
-                }
-            )
-        swapped = sum(layer.payload_bytes for layer in self.layers if layer.resident is None)
-        return {
-            "name": self.name,
-            "managed": True,
-            "active": self.active,
-            "bytes": {
-                "total": self.payload_bytes + self.fixed_bytes,
-                "fixed": self.fixed_bytes if self.active else 0,
-                "budget": self.budget_bytes,
-                "resident": self.resident_bytes,
-                "ring": self.state.streamer.ring_bytes,
-                "scratch": self.state.scratch.nbytes,
-                "pinned": pinned,
-                "pin_budget": self.state.pin_budget.limit_bytes,
-                "swapped_per_step": swapped if self.active else 0,
-            },
-            "step": self._step_snapshot(swapped),
-            "layers": layers,
-        }
-
-    def _step_snapshot(self, swapped_bytes: int) -> dict[str, Any]:
-        roots = {id(reference()) for reference in self._roots}
-        finished = [step for step in list(self.state.streamer.timeline.finished) if step.root in roots]
-        step: dict[str, Any] = {"index": self.step_index, "of": self.steps}
-        if finished:
-            last = finished[-1]
-            compute = last.seconds - last.stall_s
-            link = self._link_bytes_per_s()
-            step |= {
-                "seconds": last.seconds,
-                "compute_s": compute,
-                "stall_s": last.stall_s,
-                "h2d_bytes": last.h2d_bytes,
-                "link_bytes_per_s": link,
-                "bound_s": max(compute, swapped_bytes / link),
-            }
-        return step
-
 
 def _compute_s(layer: Layer) -> float:
     measured = layer.times.compute_s
     return measured if measured is not None else 2 * layer.elements * ASSUMED_TOKENS / ASSUMED_FLOPS
-
-
-def _packed_nbytes(tensor: torch.Tensor) -> int:
-    return (
-        tensor.packed_nbytes if isinstance(tensor, PackedTensor) else tensor.numel() * tensor.element_size()
-    )
 
 
 def _ignoring_module(function: Any) -> Any:
@@ -708,6 +516,3 @@ def attached(module: torch.nn.Module, **options: Any) -> Iterator[Attachment]:
         yield attachment
     finally:
         attachment.detach()
-
-
-__all__ = ["Attachment", "Part", "attach", "attached", "state_of"]

@@ -1,0 +1,53 @@
+"""What all models on one device share: the page-lock budget, the copier, the ring, the scratch."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+
+from lib_qswap.swap.copier import Copier
+from lib_qswap.swap.device import Device
+from lib_qswap.swap.execute import Scratch
+from lib_qswap.swap.home import PinBudget, default_pin_budget_bytes
+from lib_qswap.swap.streamer import Streamer
+
+if TYPE_CHECKING:
+    from lib_qswap.swap.manager import Attachment
+
+
+class DeviceState:
+    """One device: its budget, copier, ring and scratch, and the models that use them now."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.pin_budget = PinBudget(default_pin_budget_bytes())
+        self.copier = Copier(device, self.pin_budget)
+        self.streamer = Streamer(device, self.copier)
+        self.scratch = Scratch(device)
+        self.active: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+    @property
+    def shared_bytes(self) -> int:
+        """Device bytes of ring and scratch."""
+        return self.streamer.ring_bytes + self.scratch.nbytes
+
+    def fit(self) -> None:
+        """Gives ring, scratch and staging the sizes that the active models need. Only between steps."""
+        ring = max((model.plan.ring_bytes for model in self.active if model.plan is not None), default=0)
+        scratch = max((model.scratch_bytes for model in self.active), default=0)
+        self.streamer.resize(ring)
+        self.scratch.resize(scratch)
+        self.copier.use_worker(any(model.needs_worker() for model in self.active))
+
+
+_states: dict[torch.device, DeviceState] = {}
+
+
+def state_of(device: Device) -> DeviceState:
+    """The one state of a device."""
+    found = _states.get(device.device)
+    if found is None:
+        found = _states[device.device] = DeviceState(device)
+    return found

@@ -1,0 +1,120 @@
+"""What a model consists of, for swapping: layers that are swapped whole, embeddings whose rows are gathered
+on the host, and everything else, which is fixed on the device."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.swap.execute import can_gather
+from lib_qswap.swap.home import Home
+from lib_qswap.swap.layer import Layer, parts_of, payload_bytes
+
+FIXED_BELOW_BYTES = 64 << 10
+"""A layer smaller than this stays on the device: its copy would cost more in latency than in bytes."""
+
+GATHERED_FROM_BYTES = 16 << 20
+"""An embedding of this size and more stays on the host, and its rows are gathered there."""
+
+
+class Fixed:
+    """A parameter or buffer that is on the device as long as its model is active."""
+
+    __slots__ = ("is_buffer", "master", "module", "name")
+
+    def __init__(self, module: torch.nn.Module, name: str, master: torch.Tensor, is_buffer: bool) -> None:
+        self.module = weakref.ref(module)
+        self.name, self.master, self.is_buffer = name, master, is_buffer
+
+    def bind(self, tensor: torch.Tensor) -> None:
+        module = self.module()
+        if module is None:
+            return
+        if self.is_buffer:
+            module._buffers[self.name] = tensor
+        else:
+            module._parameters[self.name] = torch.nn.Parameter(tensor, requires_grad=False)
+
+    def adopt(self) -> None:
+        """Takes what the module has now for the master."""
+        module = self.module()
+        now = module._parameters.get(self.name) if module is not None and not self.is_buffer else None
+        if now is not None:
+            self.master = now.detach()
+
+
+class Inventory:
+    """The parameters and buffers of a model, sorted.
+
+    Attributes:
+        layers: in the order of definition.
+        gathered: big embeddings.
+        fixed: what is on the device as long as the model is active; a tied parameter is in it once for
+            each owner.
+    """
+
+    def __init__(self, model: torch.nn.Module, can_swap: Callable[[torch.nn.Module], bool]) -> None:
+        self.layers: list[Layer] = []
+        self.gathered: list[weakref.ref[torch.nn.Embedding]] = []
+        self.fixed: list[Fixed] = []
+        owners = Counter(id(parameter) for module in model.modules() for parameter in _own(module).values())
+        for name, module in model.named_modules():
+            own = _own(module)
+            untied = all(owners[id(parameter)] == 1 for parameter in own.values())
+            if own and untied and can_gather(module) and packed_nbytes(module.weight) >= GATHERED_FROM_BYTES:
+                self.gathered.append(weakref.ref(module))
+            elif not (own and untied and can_swap(module) and self._add_layer(name, module)):
+                self.fixed += (Fixed(module, key, own[key].detach(), is_buffer=False) for key in own)
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    self.fixed.append(Fixed(module, key, buffer, is_buffer=True))
+
+    def _add_layer(self, name: str, module: torch.nn.Module) -> bool:
+        try:
+            parts = parts_of(module)
+        except ValueError:
+            return False
+        nbytes = payload_bytes(parts)
+        if nbytes < FIXED_BELOW_BYTES:
+            return False
+        self.layers.append(
+            Layer(name, type(module).__name__, weakref.ref(module), parts, nbytes, Home(parts))
+        )
+        return True
+
+    @property
+    def fixed_bytes(self) -> int:
+        return sum({id(fixed.master): packed_nbytes(fixed.master) for fixed in self.fixed}.values())
+
+    def bind_fixed_to(self, device: torch.device) -> None:
+        """Puts copies of what is fixed onto `device`.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room; the modules keep what they had.
+        """
+        moved: dict[int, torch.Tensor] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for fixed in self.fixed:
+                if id(fixed.master) not in moved:
+                    moved[id(fixed.master)] = fixed.master.to(device, copy=device.type == "cpu")
+        for fixed in self.fixed:
+            fixed.bind(moved[id(fixed.master)])
+
+    def bind_fixed_to_masters(self) -> None:
+        for fixed in self.fixed:
+            fixed.bind(fixed.master)
+
+
+def _own(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+
+
+def packed_nbytes(tensor: torch.Tensor) -> int:
+    """What `tensor` takes as it is: packed bytes, or those of its elements."""
+    return (
+        tensor.packed_nbytes if isinstance(tensor, PackedTensor) else tensor.numel() * tensor.element_size()
+    )
