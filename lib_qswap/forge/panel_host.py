@@ -13,8 +13,8 @@ class ForgePanelHost:
     """Answers the panel's routes (`lib_qswap.panel.host.PanelHost`)."""
 
     def snapshot(self) -> dict[str, Any]:
-        """The ledger's snapshot, whether QSwap is on, the options (`settings`), and in `host` what the probe found
-        and the limit that the user set with Forge's GPU Weights (`weight_limit_bytes`, null: none)."""
+        """The ledger's snapshot, whether QSwap is on, the options (`settings`), and in `host` what the probe
+        found and the limit that the user set with Forge's GPU Weights (`weight_limit_bytes`, null: none)."""
         stored = settings.stored()
         return {
             **ledger.snapshot(),
