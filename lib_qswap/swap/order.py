@@ -1,8 +1,8 @@
 """The order in which swapped layers are used: traced in one step, predicted for the next.
 
 A *cycle* is what repeats: it begins when the forward of a model begins that has already run in the current
-cycle, so that a ControlNet and its UNet, which alternate, make one cycle, and a text encoder that ran before
-them makes its own.
+cycle, so that a ControlNet and its UNet, which alternate, make one cycle. It also begins when a model that is
+new to a repeating cycle comes at its end: a text encoder, for the next image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ class Order(Generic[L]):
     """Predicts the layers that come next."""
 
     def __init__(self) -> None:
-        self._traces: dict[Hashable, list[L]] = {}
+        self._traces: dict[Hashable, list[L]] = {}  # by leader: the cycle that begins with this model
+        self._own: dict[Hashable, set[L]] = {}
+        self._broken_off: list[L] | None = None
         self._leader: Hashable = None
         self._seen: set[Hashable] = set()
         self._recorded: list[L] = []
@@ -29,34 +31,54 @@ class Order(Generic[L]):
 
     def expect(self, root: Hashable, layers: Sequence[L]) -> None:
         """The model `root` swaps these layers from now on, in about this order."""
+        self._remove(self._own.get(root, set()).difference(layers))
         self._traces[root] = list(layers)
+        self._own[root] = set(layers)
         self._restart()
 
     def forget(self, root: Hashable) -> None:
         """The model `root` swaps nothing any more."""
         self._traces.pop(root, None)
+        self._remove(self._own.pop(root, set()))
         self._restart()
+
+    def _remove(self, gone: set[L]) -> None:
+        """Takes layers out of everybody's cycles: they would be fetched for nothing, and never be freed."""
+        if gone:
+            for leader, trace in self._traces.items():
+                self._traces[leader] = [layer for layer in trace if layer not in gone]
 
     def _restart(self) -> None:
         self._leader, self._seen = None, set()
         self._recorded, self._predicted, self._position = [], [], 0
+        self._broken_off = None
         self.repeats = False
 
     def begin(self, root: Hashable) -> bool:
         """The forward of the model `root` begins. Returns whether what was predicted before still holds."""
-        if self._seen and root not in self._seen:
+        complete = self._position >= len(self._predicted)
+        if self._seen and root not in self._seen and not (self.repeats and complete):
             self._seen.add(root)
-            if self._position >= len(self._predicted):  # This cycle is longer than was known.
+            if complete:  # This cycle is longer than was known.
                 self._predicted = self._predicted + self._traces.get(root, [])
             return True
         if self._leader is not None:
-            self._traces[self._leader] = self._recorded
+            self._learn(self._leader)
         holds = root == self._leader and self._predicted == self._recorded
         self.repeats = root == self._leader
         self._leader, self._seen, self._recorded = root, {root}, []
         self._predicted = self._traces.get(root, [])
         self._position = 0
         return holds
+
+    def _learn(self, leader: Hashable) -> None:
+        """What was recorded is the cycle of `leader` from now on. One that broke off, because its forward
+        raised, is not taken for a shorter one, unless it comes twice in a row."""
+        known, short = self._traces.get(leader, []), self._recorded
+        if len(short) < len(known) and known[: len(short)] == short and short != self._broken_off:
+            self._broken_off = short
+        else:
+            self._traces[leader], self._broken_off = short, None
 
     def use(self, layer: L) -> bool:
         """`layer` is used now. Returns whether that was expected."""
