@@ -415,7 +415,7 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
         loaded = mm.LoadedModel(patcher)
         try:
             _load_managed(loaded, budget)
-        except torch.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError as error:
             ledger.message(
                 f"{attachment.name}: the device has no room for QSwap's buffers ({error}); Forge moves the "
                 "layers itself.",

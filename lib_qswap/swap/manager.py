@@ -214,7 +214,7 @@ class Attachment:
             try:
                 self._balance(budget_bytes)
                 return
-            except torch.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError:  # the name that torch 2.3 has as well, for every device
                 had = budget_bytes
                 self.unload()
                 self.device.empty_cache()
