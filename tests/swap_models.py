@@ -1,5 +1,4 @@
-"""Small models for tests of swapping: packed and plain layers of every kind that matters, and how to build them
-twice with the same weights."""
+"""Small models for tests of swapping: packed and plain layers of every kind that matters, reproducible."""
 
 from __future__ import annotations
 

@@ -136,7 +136,6 @@ def test_layers_that_a_model_no_longer_swaps_are_in_nobodys_cycle():
     order.expect("unet", "ac")  # b has become resident
     order.begin("control")
     assert upcoming(order, 5, wrap=True) == ["x", "y", "a", "c", None]
-    order.begin("control")
     assert play(order, "control", "xy") + play(order, "unet", "ac") == 0
 
 

@@ -1,4 +1,4 @@
-"""The ring's bookkeeping: slots never overlap, never wrap, and are written again only behind their readers."""
+"""The ring's bookkeeping: slots never overlap or wrap, and are written again only behind their readers."""
 
 import random
 
@@ -83,7 +83,7 @@ def test_whatever_the_order_of_use_a_slot_waits_for_everyone_who_read_its_bytes_
                 continue
             taken += 1
             place = range(slot.offset, slot.offset + nbytes)
-            assert 0 <= place.start
+            assert place.start >= 0
             assert place.stop <= capacity
             for other, _ in live:
                 span = range(other.offset, other.offset + other.end - other.start)

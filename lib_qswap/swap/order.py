@@ -75,7 +75,8 @@ class Order(Generic[L]):
         """What was recorded is the cycle of `leader` from now on. One that broke off, because its forward
         raised, is not taken for a shorter one, unless it comes twice in a row."""
         known, short = self._traces.get(leader, []), self._recorded
-        if len(short) < len(known) and known[: len(short)] == short and short != self._broken_off:
+        again = bool(short) and short == self._broken_off
+        if len(short) < len(known) and known[: len(short)] == short and not again:
             self._broken_off = short
         else:
             self._traces[leader], self._broken_off = short, None
