@@ -32,19 +32,10 @@ class Fixed:
 
     def bind(self, tensor: torch.Tensor) -> None:
         module = self.module()
-        if module is None:
-            return
-        if self.is_buffer:
+        if module is not None and isinstance(tensor, torch.nn.Parameter):
+            module._parameters[self.name] = tensor
+        elif module is not None:
             module._buffers[self.name] = tensor
-        else:
-            module._parameters[self.name] = torch.nn.Parameter(tensor, requires_grad=False)
-
-    def adopt(self) -> None:
-        """Takes what the module has now for the master."""
-        module = self.module()
-        now = module._parameters.get(self.name) if module is not None and not self.is_buffer else None
-        if now is not None:
-            self.master = now.detach()
 
 
 class Inventory:
@@ -61,6 +52,7 @@ class Inventory:
         self.layers: list[Layer] = []
         self.gathered: list[weakref.ref[torch.nn.Embedding]] = []
         self.fixed: list[Fixed] = []
+        masters: dict[int, torch.Tensor] = {}  # by parameter: a tied one has one master
         owners = Counter(id(parameter) for module in model.modules() for parameter in _own(module).values())
         for name, module in model.named_modules():
             own = _own(module)
@@ -68,7 +60,9 @@ class Inventory:
             if own and untied and can_gather(module) and packed_nbytes(module.weight) >= GATHERED_FROM_BYTES:
                 self.gathered.append(weakref.ref(module))
             elif not (own and untied and can_swap(module) and self._add_layer(name, module)):
-                self.fixed += (Fixed(module, key, own[key].detach(), is_buffer=False) for key in own)
+                for key, parameter in own.items():
+                    master = masters.setdefault(id(parameter), parameter.detach())
+                    self.fixed.append(Fixed(module, key, master, is_buffer=False))
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     self.fixed.append(Fixed(module, key, buffer, is_buffer=True))
@@ -101,12 +95,31 @@ class Inventory:
             for fixed in self.fixed:
                 if id(fixed.master) not in moved:
                     moved[id(fixed.master)] = fixed.master.to(device, copy=device.type == "cpu")
-        for fixed in self.fixed:
-            fixed.bind(moved[id(fixed.master)])
+        self._bind_fixed(moved)
 
     def bind_fixed_to_masters(self) -> None:
+        self._bind_fixed({id(fixed.master): fixed.master for fixed in self.fixed})
+
+    def _bind_fixed(self, tensors: dict[int, torch.Tensor]) -> None:
+        """Puts `tensors`, by the id of their masters, into the modules; what was tied stays tied."""
+        parameters: dict[int, torch.nn.Parameter] = {}
         for fixed in self.fixed:
-            fixed.bind(fixed.master)
+            key = id(fixed.master)
+            if fixed.is_buffer:
+                fixed.bind(tensors[key])
+                continue
+            if key not in parameters:
+                parameters[key] = torch.nn.Parameter(tensors[key], requires_grad=False)
+            fixed.bind(parameters[key])
+
+    def adopt_fixed(self) -> None:
+        """Takes what the modules have now for the masters."""
+        masters: dict[int, torch.Tensor] = {}
+        for fixed in self.fixed:
+            module = fixed.module()
+            now = module._parameters.get(fixed.name) if module is not None and not fixed.is_buffer else None
+            if now is not None:
+                fixed.master = masters.setdefault(id(now), now.detach())
 
 
 def _own(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

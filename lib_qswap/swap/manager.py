@@ -347,8 +347,7 @@ class Attachment:
             changed = [layer for layer in self.layers if layer.adopt()]
             self.state.streamer.quiesce()
             self.state.streamer.evict([layer for layer in changed if layer.resident is not None])
-            for fixed in self.inventory.fixed:
-                fixed.adopt()
+            self.inventory.adopt_fixed()
             if changed:
                 self.budget_bytes = None
             if self.active:
