@@ -169,7 +169,8 @@ def test_text_tokens_are_not_rotated_and_image_tokens_by_their_place_only():
         rotation = torch.stack((cos, sin))
         at = [3 + row * 4 + column for row, column in (first, second)]
         turned = [
-            flux.rotate(x.view(1, 1, 1, 128), rotation[:, i : i + 1]) for x, i in zip((query, key), at, strict=True)
+            flux.rotate(x.view(1, 1, 1, 128), rotation[:, i : i + 1])
+            for x, i in zip((query, key), at, strict=True)
         ]
         return float((turned[0] * turned[1]).sum())
 
@@ -214,7 +215,13 @@ def test_a_run_that_cannot_be_is_refused(model, steps, pixels):
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match="must be"):
         denoise(
-            model, device=cpu, dtype=torch.float32, steps=steps, pixels=pixels, seed=0, synchronize=lambda: None
+            model,
+            device=cpu,
+            dtype=torch.float32,
+            steps=steps,
+            pixels=pixels,
+            seed=0,
+            synchronize=lambda: None,
         )
 
 

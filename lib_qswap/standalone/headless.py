@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lib_qswap.panel.report import format_bytes, printable, residency_table, summary_lines
 from lib_qswap.standalone.host import StandaloneHost, Summary
@@ -17,9 +17,9 @@ BAR_CELLS = 30
 class Progress:
     """A bar that redraws itself on a terminal, and a line now and then (each tenth at most) anywhere else."""
 
-    def __init__(self, title: str, stream: TextIO = sys.stderr) -> None:
+    def __init__(self, title: str) -> None:
         self._title = title
-        self._stream = stream
+        self._stream = sys.stderr
         self._started = time.perf_counter()
         self._shown = -1
 

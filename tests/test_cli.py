@@ -1,0 +1,278 @@
+"""The `qswap` command, and what `import lib_qswap` costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lib_qswap
+from lib_qswap import cli
+from lib_qswap.standalone import bench, demo_file
+from lib_qswap.swap import home
+
+ROOT = Path(__file__).resolve().parents[1]
+SUMMARY_KEYS = {
+    *("output_sha256", "steps", "step_seconds", "compute_seconds", "stall_seconds", "location", "homes"),
+    *("budget_bytes", "device_weight_bytes_peak", "pinned_bytes", "h2d_bytes_per_step", "d2h_bytes"),
+    *("peak_rss_bytes", "layers"),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "tiny.gguf"
+    demo_file.make_demo_file(path, "Q4_K", hidden=256, double=1, single=2)
+    return path
+
+
+@pytest.fixture
+def tiny_demo(tiny, monkeypatch):
+    """`qswap demo` and `qswap bench` take the tiny model for the demo's."""
+    for module in (demo_file, bench):
+        monkeypatch.setattr(module, "demo_file", lambda quant, **_: tiny)
+
+
+def qswap(capsys, *arguments: str | Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `qswap ARGUMENTS`."""
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+# ---------------------------------------------------------------------------------------------- the package
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, lib_qswap, lib_qswap.cli; print(sorted({'torch', 'numpy', 'gradio'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_public_names_are_those_of_the_parts():
+    from lib_qswap.quant.gguf_file import GGUFError, open_gguf
+    from lib_qswap.quant.packed import PackedTensor
+    from lib_qswap.swap.manager import attach
+
+    assert lib_qswap.open_gguf is open_gguf
+    assert lib_qswap.GGUFError is GGUFError
+    assert lib_qswap.PackedTensor is PackedTensor
+    assert lib_qswap.attach is attach
+    assert set(lib_qswap.__all__) <= set(dir(lib_qswap))
+    with pytest.raises(AttributeError, match="no attribute 'attatch'"):
+        lib_qswap.attatch  # noqa: B018
+
+
+def test_the_version_is_that_of_the_project():
+    assert f'\nversion = "{lib_qswap.__version__}"\n' in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+def test_the_names_that_the_command_offers_are_those_of_the_parts():
+    assert cli.DEMO_QUANTS == demo_file.QUANTS
+    assert cli.LOCATIONS == home.LOCATIONS
+    assert set(cli.BENCHMARKS) == {*bench.BENCHMARKS, "all"}
+
+
+# --------------------------------------------------------------------------------------------- what is wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "fly"),
+        (["run"], "file"),
+        (["run", "TINY", "--headless", "--location", "moon"], "moon"),
+        (["run", "TINY", "--headless", "--budget", "much"], "'much' is no budget"),
+        (["run", "TINY", "--headless", "--steps", "0"], "--steps: '0' is no whole number"),
+        (["run", "TINY", "--headless", "--size", "100"], "size must be a multiple of 16"),
+        (["run", "TINY", "--headless", "--device", "toaster"], "device toaster cannot be used"),
+        (["run", "TINY", "--headless", "--device", "meta"], "device meta cannot be used"),
+        (["run", "TINY", "--port", "70000"], "ports end at 65535"),
+        (["run", "MISSING.gguf", "--headless"], "MISSING.gguf"),
+        (["run", "NOT_GGUF", "--headless"], "not a GGUF file"),
+        (["run", "NOT_FLUX", "--headless"], "no tensor img_in.weight"),
+        (["inspect", "NOT_GGUF"], "not a GGUF file"),
+        (["demo", "--headless", "--quant", "Q4_Z"], "Q4_Z"),
+        (["plan", "--profile", "MISSING.json", "--budget", "50%"], "MISSING.json: No such file"),
+        (["plan", "--profile", "NOT_GGUF", "--budget", "50%"], "not JSON"),
+        (["doctor", "--webui", "MISSING"], "MISSING is not the folder"),
+    ],
+)
+def test_what_the_user_can_get_wrong_is_one_line_and_exit_code_2(
+    arguments, complaint, tiny, tmp_path, capsys
+):
+    (tmp_path / "NOT_GGUF").write_bytes(b"PK\x03\x04 and so on")
+    from gguf_writer import Tensor, gguf_bytes
+
+    (tmp_path / "NOT_FLUX").write_bytes(gguf_bytes([Tensor("blk.0.attn_q.weight")]))
+    paths = {"TINY": tiny}
+    for name in ("NOT_GGUF", "NOT_FLUX", "MISSING", "MISSING.gguf", "MISSING.json"):
+        paths[name] = tmp_path / name
+    code, out, err = qswap(capsys, *(paths.get(argument, argument) for argument in arguments))
+    assert code == 2
+    assert out == ""
+    assert complaint in err
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+
+
+def test_a_name_in_a_file_cannot_steer_the_terminal(tmp_path, capsys):
+    from gguf_writer import Tensor, gguf_bytes
+
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes([Tensor("weight")], {"general.name": "clear\x1b[2Jscreen"}))
+    code, out, _ = qswap(capsys, "inspect", path)
+    assert code == 0
+    assert "screen" in out
+    assert "\x1b" not in out
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+
+def test_run_prints_the_summary_as_json(tiny, capsys):
+    code, out, err = qswap(capsys, "run", tiny, "--headless", "--json", "--steps", "2", "--size", "64")
+    summary = json.loads(out)
+    assert code == 0
+    assert set(summary) == SUMMARY_KEYS
+    assert summary["steps"] == len(summary["step_seconds"]) == 2
+    assert summary["layers"] == sum(summary["homes"].values())
+    assert len(summary["output_sha256"]) == 64
+    assert "denoising 100%" in err
+
+
+def test_the_output_depends_on_the_seed_and_not_on_where_the_weights_are(tiny, capsys):
+    def sha256(*options: str) -> str:
+        _, out, _ = qswap(
+            capsys, "run", tiny, "--headless", "--json", "--steps", "1", "--size", "64", *options
+        )
+        return json.loads(out)["output_sha256"]
+
+    first = sha256("--location", "disk", "--budget", "0")
+    assert sha256("--location", "CPU", "--budget", "90%") == first
+    assert sha256("--seed", "1") != first
+
+
+def test_demo_prints_the_summary_and_where_every_layer_is(tiny_demo, capsys):
+    code, out, _ = qswap(capsys, "demo", "--headless", "--steps", "1", "--size", "64", "--location", "disk")
+    assert code == 0
+    assert "homes of 22 layers: 22 disk" in out
+    assert "single_blocks.1.linear1" in out
+    assert "sha256" in out
+
+
+def test_inspect_lists_every_tensor(tiny, capsys):
+    code, out, _ = qswap(capsys, "inspect", tiny, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["packed_bytes"] == sum(tensor["bytes"] for tensor in report["tensors"])
+    linear1 = next(
+        tensor for tensor in report["tensors"] if tensor["name"] == "single_blocks.1.linear1.weight"
+    )
+    assert (linear1["type"], linear1["shape"]) == ("Q4_K", [1792, 256])
+    assert report["problems"] == []
+    assert str(tiny) in qswap(capsys, "inspect", tiny)[1]
+
+
+def profile(path: Path, **changes: object) -> Path:
+    """Four layers of 1 MB and 1 s, over 1 MB/s."""
+    layers = [{"name": f"layer{i}", "bytes": 1_000_000, "compute_s": 1.0} for i in range(4)]
+    path.write_text(json.dumps({"link_bytes_per_s": 1e6, "layers": layers, **changes}))
+    return path
+
+
+def test_plan_answers_with_residents_ring_and_step_time(tmp_path, capsys):
+    path = profile(tmp_path / "profile.json")
+    code, out, _ = qswap(capsys, "plan", "--profile", path, "--budget", "100%", "--json")
+    # All four fit: the step is their 4 s of compute.
+    assert code == 0
+    assert json.loads(out) == {
+        "resident": ["layer0", "layer1", "layer2", "layer3"],
+        "ring_bytes": 0,
+        "step_s": 4.0,
+        "bound_s": 4.0,
+    }
+    code, out, _ = qswap(capsys, "plan", "--profile", path, "--budget", "1000000", "--json")
+    # One layer's room is the ring: nothing stays, and copying (4 s) cannot overlap computing (4 s).
+    answer = json.loads(out)
+    assert (answer["resident"], answer["ring_bytes"]) == ([], 1_000_000)
+    assert answer["step_s"] == pytest.approx(8.0)
+    assert answer["bound_s"] == 4.0
+    assert "bound 4.0000 s" in qswap(capsys, "plan", "--profile", path, "--budget", "1000000")[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"link_bytes_per_s": 0}, "link_bytes_per_s must not be 0"),
+        ({"link_bytes_per_s": "fast"}, "link_bytes_per_s must be a number"),
+        ({"link_bytes_per_s": float("nan")}, "link_bytes_per_s must be a number"),
+        ({"layers": {}}, "a profile is"),
+        ({"layers": [3]}, "layers[0]"),
+        ({"layers": [{"name": "a", "bytes": 1.5, "compute_s": 1}]}, "layers[0].bytes must be a whole number"),
+        ({"layers": [{"name": "a", "bytes": 1, "compute_s": -1}]}, "layers[0].compute_s"),
+        ({"layers": [{"name": "a", "bytes": 1, "compute_s": 1}] * 2}, "same name"),
+    ],
+)
+def test_a_profile_with_a_wrong_field_is_refused_by_its_name(changes, complaint, tmp_path, capsys):
+    path = profile(tmp_path / "profile.json", **changes)
+    code, out, err = qswap(capsys, "plan", "--profile", path, "--budget", "50%")
+    assert (code, out) == (2, "")
+    assert "profile.json" in err
+    assert complaint in err
+    assert err.count("\n") == 1
+
+
+def test_doctor_tells_the_facts_of_this_machine(capsys):
+    code, out, _ = qswap(capsys, "doctor", "--json")
+    import torch
+
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["versions"]["torch"] == torch.__version__
+    assert 0 < facts["ram"]["available"] <= facts["ram"]["total"]
+    assert facts["webui"] is None
+    assert torch.__version__ in qswap(capsys, "doctor")[1]
+
+
+def test_doctor_ends_with_1_for_a_web_ui_that_is_not_supported(tmp_path, capsys):
+    (tmp_path / "modules").mkdir()
+    code, out, _ = qswap(capsys, "doctor", "--webui", tmp_path, "--json")
+    assert code == 1
+    assert json.loads(out)["webui"]["supported"] is False
+    code, out, _ = qswap(capsys, "doctor", "--webui", tmp_path)
+    assert code == 1
+    assert "does not support" in out
+
+
+def test_bench_measures_load_and_step_with_the_same_output_for_every_budget(tiny_demo, capsys):
+    code, out, _ = qswap(capsys, "bench", "load", "--device", "cpu", "--json")
+    assert code == 0
+    load = json.loads(out)["load"]
+    assert set(load["attach_s"]) == {"disk", "cpu", "shared"}
+    assert all(seconds > 0 for seconds in load["attach_s"].values())
+    code, out, _ = qswap(capsys, "bench", "step", "--device", "cpu", "--json")
+    rows = json.loads(out)["step"]["budgets"]
+    assert [row["budget_share"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
+    assert len({row["output_sha256"] for row in rows}) == 1
+    assert rows[0]["resident_bytes"] < rows[-1]["resident_bytes"]
+    assert rows[0]["h2d_bytes_per_step"] > rows[-1]["h2d_bytes_per_step"] == 0
+
+
+def test_bench_compares_unpacking_with_a_copy(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "WEIGHT_SHAPE", (64, 256))
+    monkeypatch.setattr(bench, "REPEATS", 1)
+    code, out, _ = qswap(capsys, "bench", "dequant", "--device", "cpu", "--json")
+    rows = json.loads(out)["dequant"]["types"]
+    assert code == 0
+    assert set(rows) == set(demo_file.BLOCKS)
+    assert all(row["qswap_s"] > 0 and row["copies"] > 0 for row in rows.values())
