@@ -80,6 +80,13 @@ def attach_engine(engine: Any) -> None:
             _attachment_for(patcher)
 
 
+def note_progress(engine: Any, step: int, of: int) -> None:
+    """Sampling step number `step` (from 1) of `of` begins: nothing is fetched for a step after the last."""
+    attachment = _attachments.get(engine.forge_objects.unet.model)
+    if attachment is not None:
+        attachment.progress(step, of)
+
+
 def _patchers(engine: Any) -> Iterable[Any]:
     objects = getattr(engine, "forge_objects", None)
     for name in ("clip", "unet", "vae"):
@@ -163,7 +170,7 @@ def _keep_on_host(module: torch.nn.Embedding) -> None:
 
 
 def release(attachment: Attachment, model: torch.nn.Module) -> None:
-    """Gives one model back to Forge as it was made: its own flags, its parameters on the CPU, still packed."""
+    """Gives one model back to Forge as it was made: its own flags, its parameters on the CPU, packed."""
     _set_manual_cast(attachment, managed=False)
     attachment.detach()
     for reference in attachment.gathered:
@@ -364,10 +371,10 @@ def _load_models_gpu(
 ) -> None:
     from backend import memory_management as mm
 
-    if (
-        any(patcher.load_device.type == "cpu" for patcher in models)
-        or mm.vram_state == mm.VRAMState.HIGH_VRAM
-    ):
+    on_cpu = [patcher for patcher in models if patcher.load_device.type == "cpu"]
+    for patcher in on_cpu:
+        ledger.note_unmanaged(type(patcher.model).__name__, "computed on the CPU: nothing is swapped")
+    if on_cpu or mm.vram_state == mm.VRAMState.HIGH_VRAM:
         original(models, memory_required, hard_memory_preservation)
         return
     started = time.perf_counter()

@@ -57,6 +57,7 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     HookPoint(_MEMORY, "load_models_gpu", ("models", "memory_required", "hard_memory_preservation")),
     HookPoint(_MEMORY, "bake_gguf_model", ("model",)),
     HookPoint(_MEMORY, "unet_inital_load_device", ("parameters", "dtype")),
+    HookPoint(_MEMORY, "get_computation_dtype", ("inference_device", "parameters", "supported_dtypes")),
     HookPoint(_OPERATIONS, "stash"),
     HookPoint(
         _OPERATIONS,

@@ -18,6 +18,7 @@ def register() -> None:
     script_callbacks.on_before_ui(grid.add_axes)
     script_callbacks.on_app_started(_add_panel_routes)
     script_callbacks.on_model_loaded(_attach_engine)
+    script_callbacks.on_cfg_denoiser(_note_progress)
     script_callbacks.on_script_unloaded(notices.fails_soft(None)(extension.stop))
     extension.start()
 
@@ -77,6 +78,14 @@ def _attach_engine(engine: Any) -> None:
         from . import memory
 
         memory.attach_engine(engine)
+
+
+@notices.fails_soft(None)
+def _note_progress(params: Any) -> None:
+    if extension.applied():
+        from . import memory
+
+        memory.note_progress(shared.sd_model, params.sampling_step + 1, params.total_sampling_steps)
 
 
 def _has_quantized_weights(engine: Any) -> bool:

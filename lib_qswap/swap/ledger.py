@@ -32,13 +32,15 @@ def unregister(attachment: Attachment) -> None:
 
 
 def message(text: str, level: str = "info") -> None:
-    """Tells the user something, once: in the log and in the page. A text that was the last one is not
-    repeated."""
+    """Tells the user something, once: in the log and in the page. The same text again only moves up in the
+    page."""
     with _lock:
-        if _messages and _messages[-1]["text"] == text:
-            _messages[-1]["t"] = time.time()
-            return
+        known = next((entry for entry in _messages if entry["text"] == text), None)
+        if known is not None:
+            _messages.remove(known)
         _messages.append({"t": time.time(), "level": level, "text": text})
+        if known is not None:
+            return
     log.log(getattr(logging, level.upper()), "%s", text)
 
 

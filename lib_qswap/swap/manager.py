@@ -79,6 +79,7 @@ class Attachment:
         self.budget_bytes: int | None = None
         self.steps: int | None = None
         self.step_index = 0
+        self._host_counts = False
         self._ring_bytes = ring_bytes
         self._pin_budget_bytes = pin_budget_bytes
         self._module = weakref.ref(module)
@@ -389,17 +390,21 @@ class Attachment:
     def begin_run(self, steps: int | None) -> None:
         """A run of `steps` forwards begins (None: not known how many): nothing is fetched for a forward after
         the last."""
-        self.steps, self.step_index = steps, 0
+        self.steps, self.step_index, self._host_counts = steps, 0, False
+
+    def progress(self, step: int, of: int) -> None:
+        """The host counts the steps itself: number `step` (from 1) of `of` begins, one forward or more."""
+        self.step_index, self.steps, self._host_counts = step, of, True
 
     def end_run(self) -> None:
         """The run is over, whether or not all of its forwards came."""
-        self.steps, self.step_index = None, 0
+        self.steps, self.step_index, self._host_counts = None, 0, False
 
     def begin_step(self, root: torch.nn.Module) -> None:
         """The forward of `root` (the module, or a part of it that runs by itself) begins."""
         if self._profiles_left == 0 and not self._replanned:
             self._replan()
-        self.step_index += 1
+        self.step_index += not self._host_counts
         wrap = None if self.steps is None else self.step_index < self.steps
         profile = self._profiles_left > 0
         self._profiles_left -= profile

@@ -67,5 +67,9 @@ def unload_all_models():
     free_memory(1e30, get_torch_device(), free_all=True)
 
 
+def get_computation_dtype(inference_device, parameters=0, supported_dtypes=()):
+    return supported_dtypes[0] if supported_dtypes else torch.float32
+
+
 def unet_inital_load_device(parameters, dtype):
     return torch.device("cpu")

@@ -15,6 +15,7 @@ on_after_component = _registrar("after_component")
 on_before_ui = _registrar("before_ui")
 on_app_started = _registrar("app_started")
 on_model_loaded = _registrar("model_loaded")
+on_cfg_denoiser = _registrar("cfg_denoiser")
 on_script_unloaded = _registrar("script_unloaded")
 
 
