@@ -43,6 +43,13 @@ static void poll_deferred(std::vector<MemP>& todo, std::vector<MemP>& drop) {
     it = G.deferred.erase(it);
   }
 }
+// Whether `owner`'s stream has been told to wait for all that stream `s` does with this memory: then nothing that
+// it allocates later meets it, although it is still queued. (G.mu held)
+static bool ordered_before(const Stream& owner, const Mem& m, int64_t s) {
+  for (auto& a : m.acc)
+    if (a.stream == s && owner.vc.get(size_t(s)) < a.clock) return false;
+  return true;
+}
 static void free_block(void* v) {
   std::unique_ptr<Block> b(static_cast<Block*>(v));
   std::vector<MemP> todo, drop;
@@ -59,7 +66,7 @@ static void free_block(void* v) {
             hazard(FREED_IN_FLIGHT, std::to_string(b->n) +
                                         " bytes freed before their copy on their own stream " +
                                         std::to_string(s));
-        } else if (!b->recorded.count(s))
+        } else if (!b->recorded.count(s) && !(is_async(owner) && ordered_before(owner, m, s)))
           hazard(USE_AFTER_FREE, std::to_string(b->n) + " bytes of stream " + std::to_string(m.owner) +
                                      " freed with " + std::to_string(n) + " jobs queued on stream " +
                                      std::to_string(s) + ", without record_stream");
