@@ -28,8 +28,8 @@ MARGIN_BYTES = 64 << 20
 """Left free beyond what a pass asks for: Forge batches cond and uncond only where *more* than the need is
 free."""
 
-REGROW_BYTES = 64 << 20
-"""A budget that grew by less does not make residents move."""
+REGROW_SHARE = 0.02
+"""A budget that grew by less than this share of the model does not make residents move."""
 
 _attachments: weakref.WeakKeyDictionary[torch.nn.Module, Attachment] = weakref.WeakKeyDictionary()
 _layers: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Attachment, Layer]] = weakref.WeakKeyDictionary()
@@ -434,7 +434,8 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
     else:
         mm.current_loaded_models.remove(loaded)
         had = attachment.budget_bytes
-        if had is None or budget < had or budget > had + REGROW_BYTES:
+        grown = attachment.payload_bytes * REGROW_SHARE
+        if had is None or budget < had or budget > had + grown:
             attachment.rebalance(budget)
     mm.current_loaded_models.insert(0, loaded)
 
