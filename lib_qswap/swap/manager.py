@@ -91,6 +91,7 @@ class Attachment:
         self.layers = self.inventory.layers
         self.gathered = self.inventory.gathered
         self.roots = [weakref.ref(root) for root in (roots if roots is not None else [module])]
+        self._root_keys = [id(reference()) for reference in self.roots]
         self._hook_roots(module)
         ledger.register(self)
         # The attachment holds its modules weakly, and lives as long as its model does.
@@ -213,7 +214,8 @@ class Attachment:
             budget_bytes = (free + self.device_bytes() + self.state.shared_bytes) * 7 // 8
         while True:
             try:
-                self._balance(budget_bytes)
+                with self.state.changing():
+                    self._balance(budget_bytes)
                 return
             except torch.cuda.OutOfMemoryError:  # the name that torch 2.3 has as well, for every device
                 had = budget_bytes
@@ -340,13 +342,14 @@ class Attachment:
         """Inside, all parameters are their masters, on the CPU, for a host that changes weights (a LoRA);
         what it put in their place becomes the master afterwards, and what it puts back later is
         recognised."""
+        self.state.streamer.quiesce()
+        self.state.copier.finish()  # It may be reading what the host replaces.
         if self.active:
             self.inventory.bind_fixed_to_masters()
         try:
             yield
         finally:
             changed = [layer for layer in self.layers if layer.adopt()]
-            self.state.streamer.quiesce()
             self.state.streamer.evict([layer for layer in changed if layer.resident is not None])
             self.inventory.adopt_fixed()
             if changed:
@@ -356,22 +359,27 @@ class Attachment:
 
     def unload(self) -> None:
         """Drops every device copy. Nothing is moved: the masters have been there all the time."""
-        self.state.streamer.quiesce()
-        self.state.streamer.evict([layer for layer in self.layers if layer.resident is not None])
-        if self.plan is not None:
-            self.inventory.bind_fixed_to_masters()
-        self.plan = None
-        for reference in self.roots:
-            root = reference()
-            if root is not None:
-                self.state.streamer.order.forget(id(root))
-        self.state.active.discard(self)
-        self.state.fit()
+        with self.state.changing():
+            self.state.streamer.quiesce()
+            self.state.streamer.evict([layer for layer in self.layers if layer.resident is not None])
+            if self.plan is not None:
+                self.inventory.bind_fixed_to_masters()
+            self.plan = None
+            for key in self._root_keys:
+                self.state.streamer.order.forget(key)
+            self.state.active.discard(self)
+            self.state.fit()
+
+    def release(self) -> None:
+        """The last of it: the model is gone, or is given back to its host."""
+        self.unload()
+        self.state.copier.finish()  # Whoever has the masters now may free them.
+        ledger.unregister(self)
 
     def detach(self) -> None:
         """Gives the module back as it was: its own forwards, its parameters on the CPU (still packed).
         Idempotent."""
-        self.unload()
+        self.release()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -384,7 +392,6 @@ class Attachment:
                     module.__dict__["forward"] = original
         self._forwards.clear()
         self._finalizer.detach()
-        ledger.unregister(self)
 
     # -------------------------------------------------------------------------------------------------- steps
     def begin_run(self, steps: int | None) -> None:
@@ -404,10 +411,13 @@ class Attachment:
         """The forward of `root` (the module, or a part of it that runs by itself) begins."""
         if self._profiles_left == 0 and not self._replanned:
             self._replan()
-        self.step_index += not self._host_counts
+        if not self._host_counts:
+            # More forwards than were announced: the same run again.
+            self.step_index = 1 if self.step_index == self.steps else self.step_index + 1
         wrap = None if self.steps is None else self.step_index < self.steps
         profile = self._profiles_left > 0
         self._profiles_left -= profile
+        self.state.sweep()
         self.state.streamer.begin_step(id(root), wrap=wrap, profile=profile)
 
     def _replan(self) -> None:
@@ -420,7 +430,8 @@ class Attachment:
         ):
             return
         self._replanned = True
-        self.layers.sort(key=lambda layer: layer.times.position)
+        # A new list: the page may be walking along the old one.
+        self.layers = sorted(self.layers, key=lambda layer: layer.times.position)
         plan = self.make_plan(self.budget_bytes)
         costs = [LayerCost(layer.name, layer.payload_bytes, _compute_s(layer)) for layer in self.layers]
         now = planner.predict_step(
@@ -447,8 +458,8 @@ def _ignoring_module(function: Any) -> Any:
 
 
 def _module_gone(attachment: Attachment) -> None:
-    attachment.unload()
-    ledger.unregister(attachment)
+    attachment.state.gone.append(attachment)
+    attachment.state.sweep()
 
 
 def is_weighted(module: torch.nn.Module) -> bool:
@@ -508,7 +519,11 @@ def attach(
         roots=None,
     )
     attachment.replace_forwards()
-    attachment.rebalance(budget_bytes)
+    try:
+        attachment.rebalance(budget_bytes)
+    except BaseException:
+        attachment.detach()
+        raise
     return attachment
 
 
