@@ -38,10 +38,22 @@ class Transfer:
         error: why the bytes are not there, if so.
     """
 
-    __slots__ = ("cancelled", "error", "issued", "layer", "ready", "slot", "started", "target", "waits")
+    __slots__ = (
+        "cancelled",
+        "error",
+        "issued",
+        "layer",
+        "nbytes",
+        "ready",
+        "slot",
+        "started",
+        "target",
+        "waits",
+    )
 
     def __init__(self, layer: Layer, target: torch.Tensor, slot: Slot | None, waits: list[Any]) -> None:
         self.layer, self.target, self.slot, self.waits = layer, target, slot, waits
+        self.nbytes = target.numel()
         self.started: Any = None
         self.ready: Any = None
         self.issued = threading.Event()
@@ -125,7 +137,7 @@ class Copier:
         for."""
         transfer.started = self._device.new_event(timing=True)
         transfer.ready = self._device.new_event(timing=True)
-        self.h2d_bytes += transfer.target.numel()
+        self.h2d_bytes += transfer.nbytes
         if self._queue is not None:
             self._queue.put(transfer)
         else:
@@ -137,6 +149,17 @@ class Copier:
             reached = threading.Event()
             self._queue.put(reached)
             reached.wait()
+
+    def finish(self) -> None:
+        """Returns when the device has read everything: before the host memory of masters is released."""
+        self.drain()
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether the calling thread is the worker."""
+        return threading.current_thread() is self._thread
 
     def _issue(self, transfer: Transfer) -> None:
         try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,11 +30,32 @@ class DeviceState:
         self.streamer = Streamer(device, self.copier)
         self.scratch = Scratch(device)
         self.active: weakref.WeakSet[Attachment] = weakref.WeakSet()
+        self.gone: deque[Attachment] = deque()
+        self._changes = 0
 
     @property
     def shared_bytes(self) -> int:
         """Device bytes of ring and scratch."""
         return self.streamer.ring_bytes + self.scratch.nbytes
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Inside, nothing else changes what is on the device."""
+        self._changes += 1
+        try:
+            yield
+        finally:
+            self._changes -= 1
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Unloads the models that are gone. Garbage collection, which ends many of them, runs anywhere:
+        inside the streamer, on the copier's thread, or while another model has a layer leased; then the next
+        call does it."""
+        while self.gone and not self._changes and not self.copier.is_worker:
+            if not self.streamer.idle(besides=self.gone[0].layers):
+                return
+            self.gone.popleft().release()
 
     def fit(self) -> None:
         """Gives ring, scratch and staging the sizes that the active models need. Only between steps."""

@@ -15,20 +15,18 @@ if TYPE_CHECKING:
 SCHEMA = 1
 log = logging.getLogger("qswap")
 
-_lock = threading.Lock()
-_attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
+_lock = threading.RLock()  # Garbage collection may end a model, with a message, while it is held.
+_attachments: dict[int, weakref.ref[Attachment]] = {}  # by serial; written and copied in one step each
 _messages: deque[dict[str, Any]] = deque(maxlen=64)
 _notes: dict[str, dict[str, Any]] = {}
 
 
 def register(attachment: Attachment) -> None:
-    with _lock:
-        _attachments.add(attachment)
+    _attachments[attachment.serial] = weakref.ref(attachment)
 
 
 def unregister(attachment: Attachment) -> None:
-    with _lock:
-        _attachments.discard(attachment)
+    _attachments.pop(attachment.serial, None)
 
 
 def message(text: str, level: str = "info") -> None:
@@ -55,8 +53,8 @@ def note_unmanaged(name: str, reason: str | None) -> None:
 
 def attachments() -> list[Attachment]:
     """All attachments of this process, oldest first."""
-    with _lock:
-        return sorted(_attachments, key=lambda attachment: attachment.serial)
+    found = (reference() for reference in list(_attachments.values()))
+    return [attachment for attachment in found if attachment is not None]
 
 
 def snapshot() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from lib_qswap.swap.ring import Ring
 from lib_qswap.swap.timeline import Timeline
 
 KEPT_VIEWS = 4096
+NO_BYTES = torch.empty(0, dtype=torch.uint8)
 
 
 class ResidentLease:
@@ -54,7 +55,7 @@ class Lease:
         """The layer's compute is enqueued: its slot may be filled again behind it. Idempotent."""
         transfer, self.transfer = self.transfer, None
         if transfer is not None:
-            self._streamer._release(transfer)
+            self._streamer.release(transfer)
 
 
 class Streamer:
@@ -73,7 +74,7 @@ class Streamer:
         self.misses = 0
         self.overflows = 0
         self.wrap = False
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._ring = Ring(0)
         self._buffer: torch.Tensor | None = None
         self._views: dict[tuple[int, Layer], dict[str, torch.Tensor]] = {}
@@ -93,7 +94,7 @@ class Streamer:
             torch.OutOfMemoryError: the device has not that much; the ring is then empty.
         """
         with self._lock:
-            self.quiesce()
+            self._quiesce()
             if align(ring_bytes) == self.ring_bytes:
                 return
             self._buffer = None
@@ -110,14 +111,22 @@ class Streamer:
         """Drops what was fetched ahead and reclaims every lease; afterwards device memory may be freed by the
         calling thread."""
         with self._lock:
-            self._drop_ahead()
-            for transfer in list(self._leased):
-                self._release(transfer, prefetch=False)
-            self.copier.drain()
-            self.device.order(self.copier.stream, self.device.current_stream())
-            self._views.clear()
-            self._retired.clear()
-            self.timeline.forget()
+            self._quiesce()
+
+    def _quiesce(self) -> None:
+        self._drop_ahead()
+        for transfer in list(self._leased):
+            self._give_back(transfer)
+        self.copier.drain()
+        self.device.order(self.copier.stream, self.device.current_stream())
+        self._views.clear()
+        self._retired.clear()
+        self.timeline.forget()
+
+    def idle(self, besides: Collection[Layer] = ()) -> bool:
+        """Whether `quiesce` would disturb nobody now: it is called from nowhere inside, and no layer is
+        leased but, perhaps, `besides`."""
+        return not self._lock.locked() and all(transfer.layer in besides for transfer in [*self._leased])
 
     def upload(self, layer: Layer) -> None:
         """Begins the copy that makes `layer` resident; compute is ordered after it at the layer's first use.
@@ -150,7 +159,7 @@ class Streamer:
         not known)."""
         with self._lock:
             for transfer in list(self._leased):  # Abandoned: their forward raised.
-                self._release(transfer, prefetch=False)
+                self._give_back(transfer)
             if not self.order.begin(root):
                 self._drop_ahead()
             self.wrap = self.order.repeats if wrap is None else wrap
@@ -199,12 +208,14 @@ class Streamer:
         begun = self.timeline.mark(stream)
         transfer.issued.wait()
         if transfer.error is not None:
-            self._release(transfer, prefetch=False)
+            with self._lock:
+                if transfer in self._leased:
+                    self._give_back(transfer)
             if transfer is transfer.layer.resident_ready:
                 self.evict([transfer.layer])
             raise transfer.error
         self.device.wait(transfer.ready, stream)
-        if transfer.slot is not None:
+        if transfer is not transfer.layer.resident_ready:
             self.timeline.used(transfer.layer, transfer, stream, begun)
 
     def _claim(self, layer: Layer) -> Transfer:
@@ -255,18 +266,22 @@ class Streamer:
             assert transfer.slot is not None
             self._ring.give_back_newest(transfer.slot)
 
-    def _release(self, transfer: Transfer, *, prefetch: bool = True) -> None:
+    def release(self, transfer: Transfer) -> None:
+        """The compute that reads `transfer`'s target is enqueued; what that makes room for is fetched."""
         with self._lock:
-            if transfer not in self._leased:
-                return
-            del self._leased[transfer]
-            done = self.device.new_event()
-            self.device.record(done, self.device.current_stream())
-            self._retired.append((transfer, done))
-            if transfer.slot is not None:
-                self._ring.release(transfer.slot, done)
-            if prefetch:
+            if transfer in self._leased:
+                self._give_back(transfer)
                 self._prefetch()
+
+    def _give_back(self, transfer: Transfer) -> None:
+        del self._leased[transfer]
+        done = self.device.new_event()
+        self.device.record(done, self.device.current_stream())
+        self._retired.append((transfer, done))
+        if transfer.slot is not None:
+            self._ring.release(transfer.slot, done)
+        else:
+            transfer.target = NO_BYTES  # Outside the budget: kept by nobody who only wants to know about it.
 
     # ------------------------------------------------------------------------------------------- for the page
     def states(self) -> dict[Layer, str]:

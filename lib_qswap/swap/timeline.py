@@ -120,7 +120,7 @@ class Timeline:
             compute[use.layer] = compute.get(use.layer, 0.0) + seconds(use.served, until)
             fetched: tuple[float, float] | tuple[None, None] = (None, None)
             if use.transfer is not None:
-                h2d_bytes += use.transfer.target.numel()
+                h2d_bytes += use.transfer.nbytes
                 copy += seconds(use.transfer.started, use.transfer.ready)
                 # The copy may have begun in the step before: a negative time.
                 fetched = (
