@@ -125,6 +125,15 @@ def test_what_the_user_can_get_wrong_is_one_line_and_exit_code_2(
     assert err.endswith("\n")
 
 
+@pytest.mark.simgpu
+def test_a_device_without_room_for_a_single_layer_is_one_line_and_exit_code_2(tiny, sim, capsys):
+    sim.set_total(1 << 20)
+    code, out, err = qswap(capsys, "run", tiny, "--headless", "--device", "simgpu", "--budget", "0")
+    assert (code, out) == (2, "")
+    assert "no room even for the smallest budget" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
 def test_a_name_in_a_file_cannot_steer_the_terminal(tmp_path, capsys):
     from gguf_writer import Tensor, gguf_bytes
 
