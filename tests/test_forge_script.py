@@ -222,15 +222,15 @@ def test_unloading_during_a_generation_waits_for_its_end_without_holding_up_the_
 
 def test_the_loaded_engine_is_handed_on_while_qswap_is_on(loaded):
     loaded.generate()
-    memory = loaded.qswap("memory")
-    assert [engine.forge_objects.unet for engine in memory.attached] == [None]
+    managed = loaded.qswap("managed")
+    assert [engine.forge_objects.unet for engine in managed.attached] == [None]
     loaded.shared.opts.set("qswap_enabled", False)
     loaded.generate()
-    assert len(memory.attached) == 1
+    assert len(managed.attached) == 1
 
 
 def test_an_error_in_a_callback_is_one_line_and_the_generation_goes_on(loaded, capsys):
-    loaded.qswap("memory").attach_engine = lambda engine: 1 / 0
+    loaded.qswap("managed").attach_engine = lambda engine: 1 / 0
     assert loaded.generate().sd_model is not None
     assert "[QSwap] attach_engine: ZeroDivisionError: division by zero" in capsys.readouterr().out
 

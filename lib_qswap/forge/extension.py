@@ -137,10 +137,10 @@ def _drop_models() -> str:
     from backend import memory_management
     from modules import sd_models
 
-    from . import memory
+    from . import managed
 
     memory_management.unload_all_models()
-    memory.release_all()
+    managed.release_all()
     mark, sd_models.model_data.forge_hash = sd_models.model_data.forge_hash, ""
     return mark
 

@@ -12,7 +12,7 @@ from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap.execute import gather_rows, weight_for
 from lib_qswap.swap.streamer import Lease, ResidentLease
 
-from . import loading, memory
+from . import loading, managed
 from .patches import Patch
 
 
@@ -40,14 +40,14 @@ def _weights_manual_cast(
     weight_fn: Any = None,
     bias_fn: Any = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
-    managed = memory.managed_layer(layer, x.device)
-    if managed is None:
+    served = managed.managed_layer(layer, x.device)
+    if served is None:
         if not isinstance(layer.weight, PackedTensor) or skip_weight_dtype:
             return original(layer, x, skip_weight_dtype, skip_bias_dtype, weight_fn, bias_fn)
         # Too small to be swapped, or computed on the CPU: the weight is where it is needed, only packed.
         weight, bias = _cast(layer.weight, x), _cast(layer.bias, x)
         return _with_lora(layer, "weight", weight), _with_lora(layer, "bias", bias), None
-    attachment, swapped = managed
+    attachment, swapped = served
     lease = attachment.acquire(swapped)
     try:
         packed, scale, plain_bias = (lease.parts.get(name) for name in ("weight", "scale_weight", "bias"))
@@ -117,5 +117,5 @@ def _gguf_linear(original: Any, self: torch.nn.Module, x: torch.Tensor) -> torch
 
 
 def _embedding(original: Any, self: torch.nn.Embedding, x: torch.Tensor) -> torch.Tensor:
-    dtype = memory.gathered_dtype(self)
+    dtype = managed.gathered_dtype(self)
     return original(self, x) if dtype is None else gather_rows(self.weight, x, dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import memory
+from . import managed
 from .patches import Patch
 
 
@@ -23,11 +23,11 @@ def patches() -> list[Patch]:
 
 
 def _add_patches(original: Any, self: Any, *, online_mode: bool = False, **kwargs: Any) -> Any:
-    return original(self, online_mode=online_mode or memory.has_packed_weights(self.model), **kwargs)
+    return original(self, online_mode=online_mode or managed.has_packed_weights(self.model), **kwargs)
 
 
 def _refresh_loras(original: Any, self: Any) -> None:
-    attachment = memory.attachment_of(self.model)
+    attachment = managed.attachment_of(self.model)
     if attachment is None or str(list(self.lora_patches.keys())) == self.lora_loader.loaded_hash:
         original(self)
         return

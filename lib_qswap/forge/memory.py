@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import sys
 import time
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap import ledger
-from lib_qswap.swap.device import device_of
-from lib_qswap.swap.layer import Layer
-from lib_qswap.swap.manager import Attachment, state_of
+from lib_qswap.swap.manager import Attachment
 
-from . import controls, settings
+from . import controls, managed, settings
 from .patches import Patch
 
 MARGIN_BYTES = 64 << 20
@@ -30,10 +27,6 @@ free."""
 
 REGROW_SHARE = 0.02
 """A budget that grew by less than this share of the model does not make residents move."""
-
-_attachments: weakref.WeakKeyDictionary[torch.nn.Module, Attachment] = weakref.WeakKeyDictionary()
-_layers: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Attachment, Layer]] = weakref.WeakKeyDictionary()
-_gathered: weakref.WeakKeyDictionary[torch.nn.Module, torch.dtype] = weakref.WeakKeyDictionary()
 
 
 def patches() -> list[Patch]:
@@ -48,218 +41,21 @@ def patches() -> list[Patch]:
     ]
 
 
-# -------------------------------------------------------------------------------------------- what is managed
-def attachment_of(model: torch.nn.Module) -> Attachment | None:
-    return _attachments.get(model)
-
-
-def managed_layer(module: torch.nn.Module, device: torch.device) -> tuple[Attachment, Layer] | None:
-    """Who serves the weights of `module` on `device`; None: Forge does."""
-    found = _layers.get(module)
-    return found if found is not None and found[0].active and found[0].device.device == device else None
-
-
-def gathered_dtype(module: torch.nn.Module) -> torch.dtype | None:
-    """The dtype that a gathered embedding's rows are wanted in; None: it is not gathered."""
-    return _gathered.get(module)
-
-
-def has_packed_weights(model: torch.nn.Module) -> bool:
-    return any(isinstance(parameter, PackedTensor) for parameter in model.parameters())
-
-
-def _is_bnb(model: torch.nn.Module) -> bool:
-    return any(hasattr(parameter, "bnb_quantized") for parameter in model.parameters())
-
-
-def attach_engine(engine: Any) -> None:
-    """A checkpoint was loaded: its packed models come under care at once, so that the page shows them before
-    they run."""
-    for patcher in _patchers(engine):
-        if patcher.load_device.type != "cpu" and has_packed_weights(patcher.model):
-            _attachment_for(patcher)
-
-
-def note_progress(engine: Any, step: int, of: int) -> None:
-    """Sampling step number `step` (from 1) of `of` begins: nothing is fetched for a step after the last."""
-    attachment = _attachments.get(engine.forge_objects.unet.model)
-    if attachment is not None:
-        attachment.progress(step, of)
-
-
-def _patchers(engine: Any) -> Iterable[Any]:
-    objects = getattr(engine, "forge_objects", None)
-    for name in ("clip", "unet", "vae"):
-        found = getattr(objects, name, None)
-        if found is not None:
-            yield getattr(found, "patcher", found)
-
-
-def _attachment_for(patcher: Any) -> Attachment:
-    model = patcher.model
-    attachment = _attachments.get(model)
-    chosen = settings.in_effect()
-    if attachment is None:
-        attachment = Attachment(
-            model,
-            device_of(patcher.load_device),
-            name=type(model).__name__,
-            location=chosen.location,
-            pin_budget_bytes=chosen.pin_budget_bytes,
-            ring_bytes=chosen.ring_bytes,
-            arithmetic=chosen.arithmetic,
-            compute_dtype=_compute_dtype(model),
-            can_swap=_can_swap,
-            roots=_roots(model),
-        )
-        _attachments[model] = attachment
-        for layer in attachment.layers:
-            module = layer.module()
-            if module is not None:
-                _layers[module] = (attachment, layer)
-        for reference in attachment.gathered:
-            embedding = reference()
-            if embedding is not None:
-                _keep_on_host(embedding)
-    attachment.configure(
-        location=chosen.location,
-        pin_budget_bytes=chosen.pin_budget_bytes,
-        ring_bytes=chosen.ring_bytes,
-        arithmetic=chosen.arithmetic,
-    )
-    return attachment
-
-
-def _compute_dtype(model: torch.nn.Module) -> torch.dtype | None:
-    """What its layers are computed in: the widest for text encoders, whose engines feed them fp32."""
-    announced = getattr(model, "computation_dtype", None)
-    if isinstance(announced, torch.dtype):
-        return announced
-    return torch.float32 if has_packed_weights(model) else None
-
-
-def _can_swap(module: torch.nn.Module) -> bool:
-    return hasattr(module, "parameters_manual_cast") and getattr(module, "weight", None) is not None
-
-
-def _roots(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules whose forward is one pass over the weights."""
-    network = getattr(model, "diffusion_model", None)
-    if network is not None:
-        return [network]
-    halves = [getattr(model, name) for name in ("encoder", "decoder") if hasattr(model, name)]
-    if halves:
-        return halves
-    # A text encoder is a dictionary of encoders, each a wrapper around the network that is called.
-    return [getattr(child, "transformer", child) for child in model.children()] or [model]
-
-
-def _keep_on_host(module: torch.nn.Embedding) -> None:
-    """The embedding stays where it is when Forge moves it; only the dtype that it asks for is noted, for the
-    rows."""
-    reference = weakref.ref(module)
-    _gathered[module] = module.weight.dtype
-
-    def note_dtype(function: Any, recurse: bool = True) -> torch.nn.Module:
-        embedding = reference()
-        assert embedding is not None
-        _gathered[embedding] = function(torch.empty(0, dtype=_gathered[embedding])).dtype
-        return embedding
-
-    module.__dict__["_apply"] = note_dtype
-
-
-def release(attachment: Attachment, model: torch.nn.Module) -> None:
-    """Gives one model back to Forge as it was made: its own flags, its parameters on the CPU, packed."""
-    _set_manual_cast(attachment, managed=False)
-    attachment.detach()
-    for reference in attachment.gathered:
-        embedding = reference()
-        if embedding is not None:
-            embedding.__dict__.pop("_apply", None)
-            _gathered.pop(embedding, None)
-    for layer in attachment.layers:
-        module = layer.module()
-        if module is not None:
-            _layers.pop(module, None)
-    _attachments.pop(model, None)
-
-
-def release_all() -> None:
-    """Gives every model back, for switching off."""
-    for model, attachment in list(_attachments.items()):
-        release(attachment, model)
-
-
-# -------------------------------------------------------------------------------------------- load and unload
-def _load_managed(loaded: Any, budget_bytes: int | None) -> torch.nn.Module:
-    """As LoadedModel.model_load, for a model whose weights QSwap serves.
-
-    Raises:
-        what attaching or a LoRA raised; the model is then as it was before, and nothing of it is on the
-        device.
-    """
-    patcher = loaded.model
-    patcher.model_patches_to(loaded.device)
-    patcher.model_patches_to(patcher.model_dtype())
-    attachment = None
-    try:
-        loaded.real_model = patcher.forge_patch_model(None)
-        patcher.current_device = patcher.load_device
-        attachment = _attachment_for(patcher)
-        patcher.refresh_loras()
-        _set_manual_cast(attachment, managed=True)
-        attachment.rebalance(budget_bytes)
-        if not hasattr(patcher.model, "diffusion_model"):
-            attachment.begin_run(1)  # Encoders run once: nothing is fetched for a second time.
-    except BaseException:
-        if attachment is not None:
-            attachment.unload()
-            _set_manual_cast(attachment, managed=False)
-        patcher.forge_unpatch_model()
-        patcher.current_device = patcher.offload_device
-        raise
-    patcher.model.gguf_baked = True
-    ledger.note_unmanaged(attachment.name, None)
-    return loaded.real_model
-
-
-def _set_manual_cast(attachment: Attachment, *, managed: bool) -> None:
-    """Forge's layers ask for their weights through weights_manual_cast only if this flag is set."""
-    for layer in attachment.layers:
-        module: Any = layer.module()
-        if module is None:
-            continue
-        if managed and "prev_parameters_manual_cast" not in module.__dict__:
-            module.prev_parameters_manual_cast = module.parameters_manual_cast
-            module.parameters_manual_cast = True
-        elif not managed and "prev_parameters_manual_cast" in module.__dict__:
-            module.parameters_manual_cast = module.prev_parameters_manual_cast
-            del module.prev_parameters_manual_cast
-
-
 def _model_load(original: Any, self: Any, model_gpu_memory_when_using_cpu_swap: int = -1) -> torch.nn.Module:
-    if not _wants_care(self.model):
+    if not managed.wants_care(self.model):
         return original(self, model_gpu_memory_when_using_cpu_swap)
     budget = model_gpu_memory_when_using_cpu_swap
-    return _load_managed(self, None if budget < 0 else budget)
-
-
-def _wants_care(patcher: Any) -> bool:
-    """Whether QSwap serves this model whether or not it fits."""
-    if patcher.load_device.type == "cpu" or _is_bnb(patcher.model):
-        return False
-    return patcher.model in _attachments or has_packed_weights(patcher.model)
+    return managed.load(self, None if budget < 0 else budget)
 
 
 def _model_unload(original: Any, self: Any, avoid_model_moving: bool = False) -> None:
-    attachment = _attachments.get(self.model.model)
+    attachment = managed.attachment_of(self.model.model)
     if attachment is None:
         original(self, avoid_model_moving)
         return
     if not avoid_model_moving:
         attachment.unload()
-        _set_manual_cast(attachment, managed=False)
+        managed.set_manual_cast(attachment, managed=False)
         self.model.model_patches_to(self.model.offload_device)
         self.model.current_device = self.model.offload_device
     self.model.forge_unpatch_model()
@@ -297,7 +93,7 @@ def _parameter_bytes(parameter: torch.Tensor) -> float:
 # ------------------------------------------------------------------------------------------------------- room
 def _own_bytes(attachment: Attachment) -> int:
     """What a managed model holds on the device, and what of the shared buffers it can use again."""
-    return attachment.device_bytes() + state_of(attachment.device).shared_bytes
+    return attachment.device_bytes() + attachment.state.shared_bytes
 
 
 def _make_room(need_bytes: float, device: torch.device, keep: Sequence[Any]) -> None:
@@ -310,13 +106,13 @@ def _make_room(need_bytes: float, device: torch.device, keep: Sequence[Any]) -> 
     ]
     for other in others:
         missing = need_bytes - mm.get_free_memory(device)
-        attachment = _attachments.get(other.model.model)
+        attachment = managed.attachment_of(other.model.model)
         if missing > 0 and attachment is not None and attachment.active:
             attachment.give_up(int(missing) + 1)
     for other in others:
         if mm.get_free_memory(device) > need_bytes:
             break
-        attachment = _attachments.get(other.model.model)
+        attachment = managed.attachment_of(other.model.model)
         if attachment is not None and not attachment.device_bytes():
             continue
         index = next(i for i, loaded in enumerate(mm.current_loaded_models) if loaded is other)
@@ -336,7 +132,7 @@ def _drop_abandoned(wanted: Sequence[Any]) -> None:
             model = mm.current_loaded_models[index].model.model
             if not any(patcher.model is model for patcher in wanted):
                 abandoned = mm.current_loaded_models.pop(index)
-                if model in _attachments:
+                if managed.attachment_of(model) is not None:
                     abandoned.model_unload()
                 else:
                     abandoned.model_unload(avoid_model_moving=True)
@@ -399,7 +195,7 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
     from backend import memory_management as mm
 
     device = patcher.load_device
-    attachment = _attachment_for(patcher) if _wants_care(patcher) else None
+    attachment = managed.attachment_for(patcher) if managed.wants_care(patcher) else None
     if attachment is not None:
         need = attachment.whole_bytes - _own_bytes(attachment)
     else:
@@ -407,7 +203,7 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
     _make_room(need + inference_bytes, device, keep)
     available = mm.get_free_memory(device) - inference_bytes
     if attachment is None:
-        if need <= available or _is_bnb(patcher.model):
+        if need <= available or managed.is_bnb(patcher.model):
             _leave_to_host(patcher, loaded, keep)
             return
         if loaded is not None:  # It was whole on the device, and this pass needs the room.
@@ -416,19 +212,19 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
             loaded.model_unload()
             loaded = None
             available = mm.get_free_memory(device) - inference_bytes
-        attachment = _attachment_for(patcher)
+        attachment = managed.attachment_for(patcher)
     budget = _limited(available + _own_bytes(attachment))
     if loaded is None:
         loaded = mm.LoadedModel(patcher)
         try:
-            _load_managed(loaded, budget)
+            managed.load(loaded, budget)
         except torch.cuda.OutOfMemoryError as error:
             ledger.message(
                 f"{attachment.name}: the device has no room for QSwap's buffers ({error}); Forge moves the "
                 "layers itself.",
                 "warning",
             )
-            release(attachment, patcher.model)
+            managed.release(attachment, patcher.model)
             loaded.model_load(0)
         keep.append(loaded)
     else:
@@ -452,7 +248,9 @@ def _leave_to_host(patcher: Any, loaded: Any, keep: list[Any]) -> None:
         loaded.model_load(-1)
         keep.append(loaded)
     mm.current_loaded_models.insert(0, loaded)
-    reason = "bitsandbytes weights" if _is_bnb(patcher.model) else "fits whole and has no packed weights"
+    reason = (
+        "bitsandbytes weights" if managed.is_bnb(patcher.model) else "fits whole and has no packed weights"
+    )
     ledger.note_unmanaged(name, f"left to Forge: {reason}")
 
 

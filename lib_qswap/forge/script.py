@@ -75,17 +75,17 @@ def _add_panel_routes(_demo: Any, app: Any) -> None:
 @notices.fails_soft(None)
 def _attach_engine(engine: Any) -> None:
     if extension.applied():
-        from . import memory
+        from . import managed
 
-        memory.attach_engine(engine)
+        managed.attach_engine(engine)
 
 
 @notices.fails_soft(None)
 def _note_progress(params: Any) -> None:
     if extension.applied():
-        from . import memory
+        from . import managed
 
-        memory.note_progress(shared.sd_model, params.sampling_step + 1, params.total_sampling_steps)
+        managed.note_progress(shared.sd_model, params.sampling_step + 1, params.total_sampling_steps)
 
 
 def _has_quantized_weights(engine: Any) -> bool:

@@ -61,7 +61,8 @@ class Part:
             )
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous")
-        plain = tensor.as_subclass(torch.Tensor)
+        # torch 2.3 cannot call as_subclass under a dispatch mode.
+        plain = tensor if type(tensor) is torch.Tensor else tensor.as_subclass(torch.Tensor)
         data = plain.reshape(-1).view(torch.uint8)
         return cls(name, offset_bytes, data.numel(), plain.shape, plain.dtype, None, data, None)
 

@@ -13,7 +13,7 @@ import torch
 
 from lib_qswap.quant.unpack import Arithmetic
 from lib_qswap.swap import ledger, planner
-from lib_qswap.swap.device import Device, device_of
+from lib_qswap.swap.device import ALIGNMENT_BYTES, Device, device_of
 from lib_qswap.swap.device_state import state_of
 from lib_qswap.swap.execute import Forward, GatheredForward
 from lib_qswap.swap.home import (
@@ -71,8 +71,7 @@ class Attachment:
         self.device = device
         self.location = location
         self.state = state_of(device)
-        if pin_budget_bytes is not None:
-            self.state.pin_budget.limit_bytes = pin_budget_bytes
+        self._limit_pins(pin_budget_bytes)
         self.arithmetic: Arithmetic = arithmetic
         self.compute_dtype = compute_dtype
         self.plan: Plan | None = None
@@ -188,15 +187,18 @@ class Attachment:
     ) -> None:
         """Other choices of the user; they take effect with the next `rebalance`, which they make necessary
         where they differ."""
-        limit = default_pin_budget_bytes() + self.state.pin_budget.used_bytes
-        limit = limit if pin_budget_bytes is None else pin_budget_bytes
         if (location, ring_bytes, arithmetic) != (self.location, self._ring_bytes, self.arithmetic) or (
             pin_budget_bytes != self._pin_budget_bytes
         ):
             self.location, self._ring_bytes, self.arithmetic = location, ring_bytes, arithmetic
             self._pin_budget_bytes = pin_budget_bytes
-            self.state.pin_budget.limit_bytes = limit
+            self._limit_pins(pin_budget_bytes)
             self.budget_bytes = None
+
+    def _limit_pins(self, nbytes: int | None) -> None:
+        budget = self.state.pin_budget
+        # What is page-locked already is no longer available, and still within the default.
+        budget.limit_bytes = default_pin_budget_bytes() + budget.used_bytes if nbytes is None else nbytes
 
     # ------------------------------------------------------------------------------------------------ balance
     def rebalance(self, budget_bytes: int | None = None) -> None:
@@ -238,14 +240,20 @@ class Attachment:
 
     def _balance(self, budget_bytes: int) -> None:
         plan = self.make_plan(budget_bytes)
-        if plan.message:
+        floor = self._floor_bytes()
+        if budget_bytes < floor:
+            ledger.message(
+                f"{self.name}: {budget_bytes / 2**20:.0f} MB of device memory are too few; "
+                f"{floor / 2**20:.0f} MB are used, for fixed weights, unpacking and the largest layer."
+            )
+        elif plan.message:
             ledger.message(f"{self.name}: {plan.message}", "warning")
         resident = set(plan.resident)
         self.state.streamer.quiesce()
         self.state.streamer.evict(
             [lay for lay in self.layers if lay.resident is not None and lay.name not in resident]
         )
-        self.budget_bytes = max(budget_bytes, self._floor_bytes())
+        self.budget_bytes = max(budget_bytes, floor)
         if self.location in ("shared", "cpu", "disk"):
             self._place(self.layers)
         else:
@@ -273,7 +281,10 @@ class Attachment:
         costs = [LayerCost(layer.name, layer.payload_bytes, _compute_s(layer)) for layer in self.layers]
         return planner.make_plan(
             costs,
-            budget_bytes=max(0, budget_bytes - self.fixed_bytes - self.scratch_bytes),
+            # The ring comes in whole alignments: a budget that does not would be passed by the rest.
+            budget_bytes=max(0, budget_bytes - self.fixed_bytes - self.scratch_bytes)
+            // ALIGNMENT_BYTES
+            * ALIGNMENT_BYTES,
             link_bytes_per_s=self.link_bytes_per_s(),
             ring_bytes=self._ring_bytes,
         )

@@ -1,0 +1,220 @@
+"""Models that QSwap serves inside Forge: which they are, and their way in and out.
+
+State belongs to the real model, by weak reference, and not to Forge's patchers, which come and go with every
+LoRA.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.swap import ledger
+from lib_qswap.swap.device import device_of
+from lib_qswap.swap.layer import Layer
+from lib_qswap.swap.manager import Attachment
+
+from . import settings
+
+_attachments: weakref.WeakKeyDictionary[torch.nn.Module, Attachment] = weakref.WeakKeyDictionary()
+_layers: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Attachment, Layer]] = weakref.WeakKeyDictionary()
+_gathered: weakref.WeakKeyDictionary[torch.nn.Module, torch.dtype] = weakref.WeakKeyDictionary()
+
+
+def attachment_of(model: torch.nn.Module) -> Attachment | None:
+    return _attachments.get(model)
+
+
+def managed_layer(module: torch.nn.Module, device: torch.device) -> tuple[Attachment, Layer] | None:
+    """Who serves the weights of `module` on `device`; None: Forge does."""
+    found = _layers.get(module)
+    return found if found is not None and found[0].active and found[0].device.device == device else None
+
+
+def gathered_dtype(module: torch.nn.Module) -> torch.dtype | None:
+    """The dtype that a gathered embedding's rows are wanted in; None: it is not gathered."""
+    return _gathered.get(module)
+
+
+def has_packed_weights(model: torch.nn.Module) -> bool:
+    return any(isinstance(parameter, PackedTensor) for parameter in model.parameters())
+
+
+def is_bnb(model: torch.nn.Module) -> bool:
+    return any(hasattr(parameter, "bnb_quantized") for parameter in model.parameters())
+
+
+def attach_engine(engine: Any) -> None:
+    """A checkpoint was loaded: its packed models come under care at once, so that the page shows them before
+    they run."""
+    for patcher in _patchers(engine):
+        if patcher.load_device.type != "cpu" and has_packed_weights(patcher.model):
+            attachment_for(patcher)
+
+
+def note_progress(engine: Any, step: int, of: int) -> None:
+    """Sampling step number `step` (from 1) of `of` begins: nothing is fetched for a step after the last."""
+    attachment = _attachments.get(engine.forge_objects.unet.model)
+    if attachment is not None:
+        attachment.progress(step, of)
+
+
+def _patchers(engine: Any) -> Iterable[Any]:
+    objects = getattr(engine, "forge_objects", None)
+    for name in ("clip", "unet", "vae"):
+        found = getattr(objects, name, None)
+        if found is not None:
+            yield getattr(found, "patcher", found)
+
+
+def attachment_for(patcher: Any) -> Attachment:
+    model = patcher.model
+    attachment = _attachments.get(model)
+    chosen = settings.in_effect()
+    if attachment is None:
+        attachment = Attachment(
+            model,
+            device_of(patcher.load_device),
+            name=type(model).__name__,
+            location=chosen.location,
+            pin_budget_bytes=chosen.pin_budget_bytes,
+            ring_bytes=chosen.ring_bytes,
+            arithmetic=chosen.arithmetic,
+            compute_dtype=_compute_dtype(model),
+            can_swap=_can_swap,
+            roots=_roots(model),
+        )
+        _attachments[model] = attachment
+        for layer in attachment.layers:
+            module = layer.module()
+            if module is not None:
+                _layers[module] = (attachment, layer)
+        for reference in attachment.gathered:
+            embedding = reference()
+            if embedding is not None:
+                _keep_on_host(embedding)
+    attachment.configure(
+        location=chosen.location,
+        pin_budget_bytes=chosen.pin_budget_bytes,
+        ring_bytes=chosen.ring_bytes,
+        arithmetic=chosen.arithmetic,
+    )
+    return attachment
+
+
+def _compute_dtype(model: torch.nn.Module) -> torch.dtype | None:
+    """What its layers are computed in: the widest for text encoders, whose engines feed them fp32."""
+    announced = getattr(model, "computation_dtype", None)
+    if isinstance(announced, torch.dtype):
+        return announced
+    return torch.float32 if has_packed_weights(model) else None
+
+
+def _can_swap(module: torch.nn.Module) -> bool:
+    return hasattr(module, "parameters_manual_cast") and getattr(module, "weight", None) is not None
+
+
+def _roots(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules whose forward is one pass over the weights."""
+    network = getattr(model, "diffusion_model", None)
+    if network is not None:
+        return [network]
+    halves = [getattr(model, name) for name in ("encoder", "decoder") if hasattr(model, name)]
+    if halves:
+        return halves
+    # A text encoder is a dictionary of encoders, each a wrapper around the network that is called.
+    return [getattr(child, "transformer", child) for child in model.children()] or [model]
+
+
+def _keep_on_host(module: torch.nn.Embedding) -> None:
+    """The embedding stays where it is when Forge moves it; only the dtype that it asks for is noted, for the
+    rows."""
+    reference = weakref.ref(module)
+    _gathered[module] = module.weight.dtype
+
+    def note_dtype(function: Any, recurse: bool = True) -> torch.nn.Module:
+        embedding = reference()
+        assert embedding is not None
+        _gathered[embedding] = function(torch.empty(0, dtype=_gathered[embedding])).dtype
+        return embedding
+
+    module.__dict__["_apply"] = note_dtype
+
+
+def release(attachment: Attachment, model: torch.nn.Module) -> None:
+    """Gives one model back to Forge as it was made: its own flags, its parameters on the CPU, packed."""
+    set_manual_cast(attachment, managed=False)
+    attachment.detach()
+    for reference in attachment.gathered:
+        embedding = reference()
+        if embedding is not None:
+            embedding.__dict__.pop("_apply", None)
+            _gathered.pop(embedding, None)
+    for layer in attachment.layers:
+        module = layer.module()
+        if module is not None:
+            _layers.pop(module, None)
+    _attachments.pop(model, None)
+
+
+def release_all() -> None:
+    """Gives every model back, for switching off."""
+    for model, attachment in list(_attachments.items()):
+        release(attachment, model)
+
+
+def wants_care(patcher: Any) -> bool:
+    """Whether QSwap serves this model whether or not it fits."""
+    if patcher.load_device.type == "cpu" or is_bnb(patcher.model):
+        return False
+    return patcher.model in _attachments or has_packed_weights(patcher.model)
+
+
+def load(loaded: Any, budget_bytes: int | None) -> torch.nn.Module:
+    """As LoadedModel.model_load, for a model whose weights QSwap serves.
+
+    Raises:
+        what attaching or a LoRA raised; the model is then as it was before, and nothing of it is on the
+        device.
+    """
+    patcher = loaded.model
+    patcher.model_patches_to(loaded.device)
+    patcher.model_patches_to(patcher.model_dtype())
+    attachment = None
+    try:
+        loaded.real_model = patcher.forge_patch_model(None)
+        patcher.current_device = patcher.load_device
+        attachment = attachment_for(patcher)
+        patcher.refresh_loras()
+        set_manual_cast(attachment, managed=True)
+        attachment.rebalance(budget_bytes)
+        if not hasattr(patcher.model, "diffusion_model"):
+            attachment.begin_run(1)  # Encoders run once: nothing is fetched for a second time.
+    except BaseException:
+        if attachment is not None:
+            attachment.unload()
+            set_manual_cast(attachment, managed=False)
+        patcher.forge_unpatch_model()
+        patcher.current_device = patcher.offload_device
+        raise
+    patcher.model.gguf_baked = True
+    ledger.note_unmanaged(attachment.name, None)
+    return loaded.real_model
+
+
+def set_manual_cast(attachment: Attachment, *, managed: bool) -> None:
+    """Forge's layers ask for their weights through weights_manual_cast only if this flag is set."""
+    for layer in attachment.layers:
+        module: Any = layer.module()
+        if module is None:
+            continue
+        if managed and "prev_parameters_manual_cast" not in module.__dict__:
+            module.prev_parameters_manual_cast = module.parameters_manual_cast
+            module.parameters_manual_cast = True
+        elif not managed and "prev_parameters_manual_cast" in module.__dict__:
+            module.parameters_manual_cast = module.prev_parameters_manual_cast
+            del module.prev_parameters_manual_cast
