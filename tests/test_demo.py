@@ -350,7 +350,7 @@ def test_a_worker_says_why_a_generation_failed(tmp_path):
 
 
 def test_the_page_holds_the_panel_and_its_routes_answer(host):
-    pytest.importorskip("gradio")
+    pytest.importorskip("gradio", minversion="6")
     from fastapi.testclient import TestClient
 
     from lib_qswap.standalone.app import make_app
@@ -367,7 +367,7 @@ def test_the_page_holds_the_panel_and_its_routes_answer(host):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process on Windows")
 def test_the_page_is_served_until_ctrl_c(tiny):
-    pytest.importorskip("gradio")
+    pytest.importorskip("gradio", minversion="6")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [

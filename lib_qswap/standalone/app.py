@@ -22,6 +22,9 @@ from lib_qswap.standalone.host import Settings, StandaloneHost
 from lib_qswap.standalone.worker import Status, Worker
 from lib_qswap.swap.home import LOCATIONS, Location
 
+if int(gr.__version__.partition(".")[0]) < 6:
+    raise ImportError(f"Gradio {gr.__version__} is too old for this page", name="Gradio 6 or newer")
+
 ADDRESS = "127.0.0.1"
 TICK_S = 0.5
 PREVIEW_PIXELS = 512
