@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from gguf_writer import Tensor, gguf_bytes
 from lib_qswap.quant.formats import FORMATS
 from lib_qswap.quant.gguf_file import open_gguf
 from lib_qswap.quant.packed import PackedTensor
-from lib_qswap.swap import device_state, ledger, manager
+from lib_qswap.swap import device_state, ledger, manager, planner
 
 WIDTH = 512
 FORMAT_OF_BLOCK = ("Q4_0", "Q8_0", "Q4_K")
@@ -55,6 +56,7 @@ class Model(torch.nn.Module):
         return torch.cat((self.head(x), self.conv(x.transpose(1, 2)).transpose(1, 2)), -1)
 
 
+@functools.cache
 def packed_bytes(format_name: str, shape: tuple[int, ...], seed: int) -> bytes:
     """Blocks whose values are small enough to be added up hundreds of times."""
     format = FORMATS[format_name]
@@ -145,10 +147,12 @@ def clean_engine():
     """No models, no messages, default limits inside; whatever a test left attached is detached at its end."""
     device_state._states.clear()
     ledger._messages.clear()
+    effort, planner.SEARCH_EFFORT = planner.SEARCH_EFFORT, 100  # Good plans are another test's business.
     before = set(threading.enumerate())
     try:
         yield
     finally:
+        planner.SEARCH_EFFORT = effort
         for attachment in ledger.attachments():
             attachment.detach()
         workers = [t for t in threading.enumerate() if t not in before and t.name == "qswap-copier"]

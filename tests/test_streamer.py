@@ -1,0 +1,428 @@
+"""Handing out layers: served correctly in any order, fetched ahead where the order is known, never stuck."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+
+import pytest
+import swap_models as sm
+import torch
+
+from lib_qswap.swap.manager import attach, attached
+
+pytestmark = pytest.mark.simgpu
+
+GPU = "simgpu"
+F32 = {"compute_dtype": torch.float32}
+LATE_S = 20.0  # what comes after that did not come
+
+
+@pytest.fixture(autouse=True)
+def engine(sim):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with sm.clean_engine():
+        yield
+    torch.set_num_threads(threads)
+
+
+class Steps(torch.nn.Module):
+    """Linear layers run in the order that each call asks for."""
+
+    def __init__(self, count=6, *, fail_at=None, seed=0):
+        super().__init__()
+        weights = [sm.packed_weight("Q8_0", (256, 256), seed * 100 + i) for i in range(count)]
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Linear(256, 256, bias=False, device="meta") for _ in weights
+        )
+        for layer, weight in zip(self.layers, weights, strict=True):
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.fail_at = fail_at
+
+    def forward(self, x, order=None):
+        for position, i in enumerate(range(len(self.layers)) if order is None else order):
+            if position == self.fail_at:
+                raise RuntimeError("stopped by the test")
+            x = torch.tanh(self.layers[i](x) * 0.05) + x
+        return x
+
+
+X = torch.linspace(-1, 1, 512).view(2, 256)
+
+
+def expected(model, order=None):
+    weights = [layer.weight.detach().dequantize(torch.float32) for layer in model.layers]
+    x = X
+    for i in range(len(weights)) if order is None else order:
+        x = torch.tanh(torch.nn.functional.linear(x, weights[i]) * 0.05) + x
+    assert x.isfinite().all()
+    assert x.std() > 0.1
+    return x
+
+
+def call(model, order=None, device=GPU):
+    with torch.inference_mode():
+        return model(X.to(device), order).cpu()
+
+
+def swapped(model, device=GPU, *, rings=2.0, location="shared", **options):
+    """Attached with nothing resident and a ring of `rings` layers."""
+    layer_bytes = 256 * 256 // 32 * 34
+    ring = int(rings * layer_bytes)
+    budget = ring + 256 * 256 * 4
+    return attached(
+        model, device=device, location=location, budget_bytes=budget, ring_bytes=ring, **F32, **options
+    )
+
+
+# -------------------------------------------------------------------------------------- orders of all kinds
+@pytest.mark.parametrize("location", ["shared", "cpu"])
+def test_layers_out_of_order_repeated_or_skipped_are_served_correctly_and_counted(
+    sim, compute_mode, location
+):
+    model = Steps()
+    orders = [[5, 4, 3, 2, 1, 0], [0, 0, 0], [2], [0, 2, 4], [1, 3, 1, 5, 1, 3], [], list(range(6)) * 2]
+    with_weights = [expected(model, order) for order in orders if order]
+    with swapped(model, location=location) as attachment:
+        streamer = attachment.state.streamer
+        assert torch.equal(call(model), call(model))
+        assert streamer.misses == 0
+        for order, right in zip([order for order in orders if order], with_weights, strict=True):
+            before = streamer.misses
+            assert torch.equal(call(model, order), right), order
+            assert streamer.misses > before or order == [0, 2, 4] or order == list(range(6)) * 2, order
+            assert torch.equal(call(model, order), right), order
+            known = streamer.misses
+            assert torch.equal(call(model, order), right), order
+            assert torch.equal(call(model, order), right), order
+            assert streamer.misses == known, f"{order} is not predicted although it came again and again"
+        assert torch.equal(call(model, []), X)
+        assert streamer.overflows == 0
+
+
+@pytest.mark.parametrize("rings", [1.0, 1.5, 3.0])
+def test_orders_that_change_with_every_call_are_served_correctly(sim, compute_mode, rings):
+    model = Steps()
+    orders = [torch.randperm(6, generator=torch.Generator().manual_seed(i)).tolist() for i in range(6)]
+    right = [expected(model, order) for order in orders]
+    with swapped(model, rings=rings):
+        for order, result in zip(orders, right, strict=True):
+            assert torch.equal(call(model, order), result)
+
+
+def test_models_that_alternate_within_a_step_are_predicted(sim, compute_mode):
+    control, unet = Steps(3, seed=1), Steps(5, seed=2)
+    right = expected(control), expected(unet)
+    with swapped(control) as attachment, swapped(unet):
+        streamer = attachment.state.streamer
+        for step in range(6):
+            if step == 3:
+                known = streamer.misses
+            assert torch.equal(call(control), right[0])
+            assert torch.equal(call(unet), right[1])
+        assert streamer.misses == known
+        for _ in range(2):  # the ControlNet's part is over
+            assert torch.equal(call(unet), right[1])
+        known = streamer.misses
+        assert torch.equal(call(unet), right[1])
+        assert streamer.misses == known
+
+
+# ------------------------------------------------------------------------------------------------- fetching
+def fetched_bytes(attachment):
+    return attachment.state.copier.h2d_bytes
+
+
+def test_a_known_run_fetches_each_layer_once_a_step_and_nothing_after_the_last(sim, compute_mode):
+    model = Steps()
+    with swapped(model, rings=4) as attachment:
+        before = fetched_bytes(attachment)
+        attachment.begin_run(5)
+        for _ in range(5):
+            call(model)
+        attachment.end_run()
+        assert fetched_bytes(attachment) - before == 5 * attachment.payload_bytes
+        assert attachment.state.streamer.misses == 0
+
+
+def test_an_encoder_that_runs_once_is_fetched_once(sim, compute_mode):
+    model = Steps()
+    with swapped(model, rings=4) as attachment:
+        before = fetched_bytes(attachment)
+        call(model)
+        assert fetched_bytes(attachment) - before == attachment.payload_bytes
+
+
+def test_the_end_of_a_step_fetches_the_start_of_the_next(sim):
+    model = Steps()
+    with swapped(model, rings=3) as attachment:
+        attachment.begin_run(3)
+        call(model)
+        sim.synchronize()
+        states = attachment.state.streamer.states()
+        assert {layer.name: state for layer, state in states.items()} == {
+            "layers.0": "ready",
+            "layers.1": "ready",
+            "layers.2": "ready",
+        }
+
+
+# ------------------------------------------------------------------------------------------------ accidents
+def test_a_forward_that_raises_midway_does_not_disturb_the_next_one(sim, compute_mode):
+    model = Steps()
+    right = expected(model)
+    with swapped(model) as attachment:
+        for stop in (0, 3, 5, 1):
+            model.fail_at = stop
+            with pytest.raises(RuntimeError, match="stopped by the test"):
+                call(model)
+            model.fail_at = None
+            assert torch.equal(call(model), right)
+        misses = attachment.state.streamer.misses
+        model.fail_at = 2
+        with pytest.raises(RuntimeError, match="stopped by the test"):
+            call(model)
+        model.fail_at = None
+        assert torch.equal(call(model), right)
+        assert attachment.state.streamer.misses <= misses + 1
+
+
+@pytest.mark.parametrize("abandoned", [1, 2])
+def test_leases_that_nobody_gave_back_are_reclaimed_at_the_next_step(sim, compute_mode, abandoned):
+    model = Steps()
+    right = expected(model)
+    with swapped(model, rings=2) as attachment:
+        call(model)
+        attachment.begin_step(model)
+        leases = [attachment.acquire(layer) for layer in attachment.layers[:abandoned]]
+        assert torch.equal(call(model), right)
+        for lease in leases:  # far too late, and harmless
+            lease.release()
+            lease.release()
+        assert torch.equal(call(model), right)
+        assert attachment.state.streamer.overflows == 0
+
+
+def test_leases_nested_deeper_than_the_ring_are_served_from_elsewhere_and_given_back(sim, compute_mode):
+    model = Steps()
+    weights = [layer.weight.detach().packed.clone() for layer in model.layers]
+    with swapped(model, rings=2) as attachment, torch.inference_mode():
+        call(model)
+        held = sim.memory_allocated()
+        attachment.begin_step(model)
+        leases = [attachment.acquire(layer) for layer in attachment.layers]
+        for lease, weight in zip(leases, weights, strict=True):
+            assert torch.equal(lease.parts["weight"].packed.cpu(), weight)
+        assert attachment.state.streamer.overflows >= 4
+        for lease in reversed(leases):
+            lease.release()
+        del leases, lease
+        gc.collect()
+        assert sim.memory_allocated() == held
+
+
+def test_what_is_fetched_ahead_for_a_model_that_is_dropped_is_dropped_with_it(sim, compute_mode):
+    sim.set_bandwidth(h2d=50e6)
+    for location in ("shared", "cpu"):
+        model = Steps()
+        attachment = attach(model, device=GPU, location=location, budget_bytes=0, **F32)
+        attachment.begin_run(9)
+        call(model)
+        assert attachment.state.streamer._ahead
+        del model
+        assert not attachment.active
+        assert not attachment.state.streamer._ahead
+        state = attachment.state
+        del attachment
+        assert state.pin_budget.used_bytes == 0
+    sim.synchronize()
+
+
+@pytest.mark.parametrize("location", ["cpu", "shared"])
+def test_a_model_collected_in_the_midst_of_another_ones_step_neither_blocks_nor_spoils_it(
+    sim, compute_mode, monkeypatch, location
+):
+    """Garbage collection runs anywhere: here on the copier's thread, and inside the streamer."""
+    from lib_qswap.swap.copier import Copier
+
+    model = Steps()
+    right = expected(model)
+    copy, armed = Copier._copy, []
+
+    def collecting(self, transfer):
+        if armed:
+            armed.pop()
+            gc.collect()
+        copy(self, transfer)
+
+    monkeypatch.setattr(Copier, "_copy", collecting)
+    with swapped(model, location=location) as attachment:
+        call(model)
+        other = Steps(seed=1)
+        second = attach(other, device=GPU, location=location, budget_bytes=0, **F32)
+        call(other)
+        other.itself = [other]  # a reference cycle: freed by the collector alone
+        pinned = attachment.state.pin_budget.used_bytes
+        gc.disable()
+        try:
+            del other
+            armed.append(True)
+            results = []
+            thread = threading.Thread(
+                target=lambda: results.extend(call(model) for _ in range(3)), daemon=True
+            )
+            thread.start()
+            thread.join(LATE_S)
+        finally:
+            gc.enable()
+        assert len(results) == 3, "the step is stuck"
+        assert all(torch.equal(result, right) for result in results)
+        assert not second.active
+        del second
+        gc.collect()
+        assert location == "cpu" or attachment.state.pin_budget.used_bytes < pinned
+
+
+def test_another_thread_may_use_the_model_afterwards(sim, compute_mode):
+    model = Steps()
+    right = expected(model)
+    with swapped(model) as attachment:
+        results = [call(model)]
+        for _ in range(2):
+            thread = threading.Thread(target=lambda: results.append(call(model)), daemon=True)
+            thread.start()
+            thread.join(LATE_S)
+        results.append(call(model))
+        assert [torch.equal(result, right) for result in results] == [True] * 4
+        assert attachment.state.streamer.misses == 0
+
+
+def test_compute_on_a_side_stream_is_ordered_behind_its_weights(sim):
+    model = Steps()
+    right = expected(model)
+    with swapped(model):
+        stream = torch.simgpu.Stream()
+        stream.wait_stream(torch.simgpu.current_stream())
+        for _ in range(3):
+            with torch.simgpu.stream(stream), torch.inference_mode():
+                x = X.to(GPU)
+                result = model(x)
+            stream.synchronize()
+            assert torch.equal(result.cpu(), right)
+
+
+def test_a_copy_that_fails_is_an_error_of_its_layer_and_the_next_step_works(sim):
+    model = Steps()
+    right = expected(model)
+    with swapped(model):
+        call(model)
+        sim.fail_next_copy(3)  # the first is the input
+        with pytest.raises(RuntimeError):
+            call(model)
+        sim.fail_next_copy(0)
+        assert torch.equal(call(model), right)
+        assert torch.equal(call(model), right)
+
+
+# ------------------------------------------------------------------------------------------- overlap, times
+class Timed(torch.nn.Module):
+    """Layers that keep the device busy for a set time each, instead of computing."""
+
+    def __init__(self, sim, count, layer_s):
+        super().__init__()
+        self.sim, self.layer_s = sim, layer_s
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Linear(1024, 1024, bias=False, dtype=torch.float16).requires_grad_(False)
+            for _ in range(count)
+        )
+        for layer in self.layers:
+            layer.forward = lambda x: (sim.busy(layer_s), x)[1]
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+LAYER_BYTES = 1024 * 1024 * 2
+
+
+@pytest.mark.parametrize("location", ["shared", "cpu"])
+@pytest.mark.parametrize(("layer_s", "h2d"), [(0.008, 400e6), (0.004, 250e6)])
+def test_a_step_takes_no_longer_than_the_longer_of_compute_and_transfers(sim, location, layer_s, h2d):
+    count = 16
+    sim.set_bandwidth(h2d=h2d)
+    model = Timed(sim, count, layer_s)
+    budget = (count // 4 + 4) * LAYER_BYTES
+    x = torch.ones(1, device=GPU)
+    options = {"budget_bytes": budget, "ring_bytes": 4 * LAYER_BYTES}
+    with attached(model, device=GPU, location=location, **options) as attachment, torch.inference_mode():
+        timeline = attachment.state.streamer.timeline
+        best = float("inf")
+        for _ in range(10):  # the machine is busy: once is enough
+            for _ in range(3):
+                model(x)
+            timeline.collect()
+            moved = sum(layer.payload_bytes for layer in attachment.layers if layer.resident is None)
+            begun = time.perf_counter()
+            for _ in range(count):
+                sim.busy(layer_s)  # takes longer than it should where other programs run
+            bound = max(time.perf_counter() - begun, moved / h2d)
+            last = timeline.finished[-1]
+            assert last.h2d_bytes == moved
+            best = min(best, *(step.seconds / bound for step in list(timeline.finished)[-2:]))
+            if best <= 1.10:
+                break
+        assert moved == (count - count // 4) * LAYER_BYTES
+        assert best <= 1.10
+        assert best > 0.8
+
+
+def test_stalls_are_what_the_bandwidth_dictates(sim):
+    count, layer_s, h2d = 8, 0.002, 200e6
+    sim.set_bandwidth(h2d=h2d)
+    model = Timed(sim, count, layer_s)
+    x = torch.ones(1, device=GPU)
+    ring = 2 * LAYER_BYTES
+    with (
+        attached(model, device=GPU, location="shared", budget_bytes=ring, ring_bytes=ring) as attachment,
+        torch.inference_mode(),
+    ):
+        for _ in range(6):
+            model(x)
+        timeline = attachment.state.streamer.timeline
+        timeline.collect()
+        steps = list(timeline.finished)[2:]
+        copying = count * LAYER_BYTES / h2d
+        least = min(steps, key=lambda step: step.seconds)
+        assert least.seconds == pytest.approx(copying, rel=0.15)
+        assert least.stall_s == pytest.approx(copying - count * layer_s, rel=0.2)
+        assert least.copy_s == pytest.approx(copying, rel=0.15)
+        assert least.stall_s == pytest.approx(
+            sum(served - begun for _, begun, served, *_ in least.spans), rel=0.01
+        )
+        layer = attachment.layers[3]
+        assert layer.times.uses == 6
+        assert layer.times.stall_total_s >= layer.times.stall_s > 0
+
+
+def test_a_copy_hidden_by_compute_is_no_stall(sim):
+    sim.set_bandwidth(h2d=2e9)
+    model = Timed(sim, 6, 0.01)
+    x = torch.ones(1, device=GPU)
+    ring = 3 * LAYER_BYTES
+    with (
+        attached(model, device=GPU, location="shared", budget_bytes=ring, ring_bytes=ring) as attachment,
+        torch.inference_mode(),
+    ):
+        timeline = attachment.state.streamer.timeline
+        for _ in range(20):  # the machine is busy: once is enough
+            model(x)
+            timeline.collect()
+            steady = list(timeline.finished)[2:]
+            if steady and min(step.stall_s for step in steady) < 0.003 and steady[-1].seconds < 0.07:
+                break
+        assert min(step.stall_s for step in steady) < 0.003
+        assert 0.06 <= min(step.seconds for step in steady) < 0.07
