@@ -15,7 +15,7 @@ fastapi = pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 from fastapi.testclient import TestClient  # noqa: E402
 
-from lib_qswap.panel.page import javascript, mount_html, stylesheet  # noqa: E402
+from lib_qswap.panel.page import javascript, mount_html  # noqa: E402
 from lib_qswap.panel.routes import HOMES, STATES, add_routes  # noqa: E402
 
 RESIDENCY = "/qswap/v1/residency"
@@ -195,25 +195,6 @@ def test_the_page_never_makes_markup_from_data():
 
     for unsafe in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function"):
         assert unsafe not in text
-
-
-def test_a_wheel_carries_the_files_of_the_page(tmp_path):
-    command = ["egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path / "lib")]
-    subprocess.run(
-        [sys.executable, "setup.py", "--quiet", *command], cwd=ROOT, check=True, capture_output=True
-    )
-
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from lib_qswap.panel import page;"
-        "assert page.__file__.startswith(sys.argv[1]); print(page.javascript() + page.stylesheet(), end='')"
-    )
-    found = subprocess.run(
-        [sys.executable, "-I", "-c", script, str(tmp_path / "lib")],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert found.stdout == javascript() + stylesheet()
 
 
 def test_the_panel_needs_fastapi_for_its_routes_only():
