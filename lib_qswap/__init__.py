@@ -3,7 +3,7 @@
 The public API, loaded when it is first used (importing the package imports nothing else):
 
     open_gguf(path)      a .gguf file as a mapping from names to packed weights
-    PackedTensor         a quantized weight that is a torch.Tensor: `.dequantize()`, `.ggml_type`, `.packed_nbytes`
+    PackedTensor         a quantized weight as a torch.Tensor: `.dequantize()`, `.ggml_type`, `.packed_nbytes`
     attach(module, ...)  swaps the weights of any nn.Module, packed or plain, and gives an `Attachment`
     GGUFError            what is wrong with a file: names the file, the tensor and the field
 """
