@@ -34,7 +34,8 @@ class Transfer:
 
     Attributes:
         waits: events after which `target` may be written.
-        started, ready: events on the copy stream around the copy; recorded once `issued` is set.
+        started, ready: events on the copy stream around the copy; recorded once `recorded` and `issued`
+            are set.
         error: why the bytes are not there, if so.
     """
 
@@ -45,6 +46,7 @@ class Transfer:
         "layer",
         "nbytes",
         "ready",
+        "recorded",
         "slot",
         "started",
         "target",
@@ -57,8 +59,19 @@ class Transfer:
         self.started: Any = None
         self.ready: Any = None
         self.issued = threading.Event()
+        self.recorded = False
         self.cancelled = False
         self.error: BaseException | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether bytes are on their way: the device has come to the copy."""
+        return self.recorded and self.started.query()
+
+    @property
+    def arrived(self) -> bool:
+        """Whether all bytes are there."""
+        return self.issued.is_set() and self.error is None and self.ready.query()
 
 
 class Copier:
@@ -167,6 +180,7 @@ class Copier:
                 for event in transfer.waits:
                     self._device.wait(event, self.stream)
                 self._device.record(transfer.started, self.stream)
+                transfer.recorded = True  # An event that was never recorded counts as happened.
                 if not transfer.cancelled:
                     self._copy(transfer)
                 self._device.record(transfer.ready, self.stream)

@@ -288,17 +288,15 @@ class Streamer:
         """What layers are in the ring, by events that have happened: "fetching", "ready" or "in_use". Any
         thread may ask."""
         states: dict[Layer, str] = {}
-        for transfer in [*self._ahead.copy(), *self._leased.copy()]:
-            arrived = transfer.issued.is_set() and transfer.error is None and transfer.ready.query()
-            states[transfer.layer] = "ready" if arrived else "fetching"
-        running = True
-        unfinished = [(transfer, done) for transfer, done in self._retired.copy() if not done.query()]
-        for transfer, _ in unfinished:
-            if running and transfer.ready.query():
-                states[transfer.layer] = "in_use"
-            running = False
-        if running:
-            for transfer in self._leased.copy():
-                if states.get(transfer.layer) == "ready":
-                    states[transfer.layer] = "in_use"
+        # In the order in which compute comes to them; the host may be far ahead of it.
+        used = [transfer for transfer, done in self._retired.copy() if not done.query()]
+        used += self._leased.copy()
+        coming = [*used, *self._ahead.copy()]
+        for transfer in reversed(coming):
+            if transfer.arrived:
+                states[transfer.layer] = "ready"
+            elif transfer.begun:
+                states[transfer.layer] = "fetching"
+        if used and used[0].arrived:
+            states[used[0].layer] = "in_use"
         return states
