@@ -123,6 +123,8 @@ class Layer:
     times: LayerTimes = field(default_factory=LayerTimes)
     first: tuple[tuple[Part, ...], Home] | None = None
     """Parts and home that the model came with, while others take their place."""
+    replaced: set[str] = field(default_factory=set)
+    """The parts that others have taken the place of."""
     lease: Any = None
     """The lease of a resident layer, made once."""
 
@@ -148,15 +150,24 @@ class Layer:
         from lib_qswap.swap.home import Home
 
         module = self.module()
-        if module is None or not any(self._changed(part, module) for part in self.parts):
+        if module is None:
             return False
-        if self.first is not None and not any(
-            self._changed(part, module, self.first[1]) for part in self.first[0]
-        ):
+        changed = {part.name for part in self.parts if self._changed(part, module)}
+        if not changed:
+            return False
+        first_parts, first_home = self.first or (self.parts, self.home)
+        changed |= self.replaced
+        # What the host never replaced has moved along into the present home; it counts as put back.
+        self.replaced = {
+            part.name
+            for part in first_parts
+            if part.name in changed and self._changed(part, module, first_home)
+        }
+        if self.first is not None and not self.replaced:
             self.parts, self.home = self.first
             self.first = None
         else:
-            self.first = self.first or (self.parts, self.home)
+            self.first = (first_parts, first_home)
             self.parts = parts_of(module)
             self.home = Home(self.parts)
         self.payload_bytes = payload_bytes(self.parts)

@@ -361,6 +361,7 @@ class Attachment:
             yield
         finally:
             changed = [layer for layer in self.layers if layer.adopt()]
+            self._bind_masters(changed)
             self.state.streamer.evict([layer for layer in changed if layer.resident is not None])
             self.inventory.adopt_fixed()
             if changed:
