@@ -1,0 +1,238 @@
+"""attach, rebalance, unload, detach: what they do to a module and to the device."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import swap_models as sm
+import torch
+
+import lib_qswap
+from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.swap import inventory, ledger
+from lib_qswap.swap.manager import attach, attached
+
+pytestmark = pytest.mark.simgpu
+
+GPU = "simgpu"
+F32 = {"compute_dtype": torch.float32}
+OUT_OF_MEMORY = torch.cuda.OutOfMemoryError
+
+
+@pytest.fixture(autouse=True)
+def engine(sim):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with sm.clean_engine():
+        yield
+    torch.set_num_threads(threads)
+
+
+def test_detaching_gives_the_module_back_as_it_was(sim, compute_mode, tmp_path):
+    model = sm.build(file=tmp_path / "model.gguf")
+    before, names = sm.masters(model), list(model.state_dict())
+    own = model.blocks[0].up.forward = lambda x: torch.nn.functional.linear(  # some extension's
+        x, model.blocks[0].up.weight, model.blocks[0].up.bias
+    )
+    attachment = lib_qswap.attach(model, device=GPU, budget_bytes=0, **F32)
+    sm.run(model, GPU)
+    attachment.detach()
+    attachment.detach()
+    assert model.blocks[0].up.forward is own
+    assert [n for n, module in model.named_modules() if "forward" in module.__dict__] == ["blocks.0.up"]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert list(model.state_dict()) == names
+    assert sm.masters(model) == before
+    assert all(isinstance(value, torch.nn.Parameter) for value in model.parameters())
+    assert isinstance(model.blocks[0].up.weight, PackedTensor)
+    assert {value.device.type for value in [*model.parameters(), *model.buffers()]} == {"cpu"}
+    assert model.head.weight is model.embed.weight
+    assert sim.memory_allocated() == 0
+    assert ledger.attachments() == []
+
+
+def test_a_tied_weight_is_on_the_device_once_and_tied_there(sim):
+    model = sm.build()
+    tied = model.embed.weight.numel() * 4
+    with attached(model, device=GPU, location="shared", budget_bytes=0, **F32) as attachment:
+        assert model.head.weight is model.embed.weight
+        assert model.head.weight.device.type == GPU
+        names = {layer.name for layer in attachment.layers}
+        assert "head" not in names
+        norms = 3 * 2 * sm.WIDTH * 4
+        assert attachment.fixed_bytes == tied + norms + sm.WIDTH * 4
+
+
+def test_the_model_can_be_attached_again_and_again(sim, compute_mode):
+    model = sm.build()
+    expected = sm.reference(model)
+    for device in (GPU, "cpu", GPU):
+        with attached(model, device=device, budget_bytes=0, **F32) as attachment:
+            assert torch.equal(sm.run(model, device), expected)
+            assert len(attachment.layers) == 7
+
+
+def test_what_is_wrong_with_the_arguments_is_said():
+    model = sm.build()
+    with pytest.raises(ValueError, match="auto, gpu, shared, cpu, disk"):
+        attach(model, device=GPU, location="nowhere")
+    with pytest.raises((ValueError, RuntimeError), match="nodevice"):
+        attach(model, device="nodevice")
+    assert ledger.attachments() == []
+
+
+# --------------------------------------------------------------------------------------------- out of memory
+def test_a_device_that_runs_out_of_memory_gets_less_and_the_result_is_right(sim, compute_mode):
+    model = sm.build(6)
+    expected = sm.reference(model)
+    floor, whole, _ = sm.sizes(model, GPU, **F32)
+    for total in (whole - 100_000, (floor + whole) // 2):
+        sim.empty_cache()
+        sim.set_total(total)
+        with attached(model, device=GPU, location="shared", budget_bytes=1 << 40, **F32) as attachment:
+            assert sim.memory_allocated() <= total
+            assert any(layer.resident is None for layer in attachment.layers)
+            assert any("no room" in text and "lower the budget" in text for text in sm.messages())
+            held = sim.memory_allocated()
+            sim.set_total(1 << 30)  # room for activations
+            assert held <= total
+            assert torch.equal(sm.run(model, GPU), expected)
+
+
+@pytest.mark.parametrize("failing", [1, 2, 5, 9, 12])
+def test_any_allocation_that_fails_while_balancing_is_a_step_down(sim, failing):
+    model = sm.build()
+    expected = sm.reference(model)
+    _, whole, _ = sm.sizes(model, GPU, **F32)
+    sim.fail_next_device(failing)
+    with attached(model, device=GPU, location="shared", budget_bytes=whole + 1000, **F32) as attachment:
+        sim.fail_next_device(0)
+        assert attachment.active
+        assert attachment.budget_bytes <= whole
+        assert torch.equal(sm.run(model, GPU), expected)
+
+
+def test_a_device_without_room_for_the_floor_is_an_error_and_the_model_is_given_back(sim):
+    model = sm.build()
+    before = sm.masters(model)
+    sim.set_total(500_000)
+    with pytest.raises(OUT_OF_MEMORY):
+        attach(model, device=GPU, location="shared", budget_bytes=1 << 30, **F32)
+    sim.set_total(1 << 30)
+    gc.collect()
+    assert sim.memory_allocated() == 0
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert sm.masters(model) == before
+    assert {value.device.type for value in model.parameters()} == {"cpu"}
+    assert ledger.attachments() == []
+
+
+def test_one_models_trouble_leaves_another_one_running(sim, compute_mode):
+    first, second = sm.build(), sm.build(6, seed=1)
+    expected = sm.reference(first)
+    floor, _, _ = sm.sizes(first, GPU, **F32)
+    with attached(first, device=GPU, location="shared", budget_bytes=floor, **F32) as attachment:
+        assert torch.equal(sm.run(first, GPU), expected)
+        sim.set_total(sim.memory_allocated() + 100_000)
+        with pytest.raises(OUT_OF_MEMORY):
+            attach(second, device=GPU, location="shared", budget_bytes=0, **F32)
+        sim.set_total(1 << 30)
+        assert attachment.active
+        for _ in range(2):
+            assert torch.equal(sm.run(first, GPU), expected)
+
+
+def test_no_budget_means_what_is_free_less_room_for_activations(sim):
+    model = sm.build()
+    with attached(model, device=GPU, location="shared", **F32) as attachment:
+        assert all(layer.resident is not None for layer in attachment.layers)
+        assert attachment.budget_bytes == pytest.approx((2048 << 20) * 7 / 8, rel=0.01)
+        assert attachment.state.streamer.ring_bytes == 0
+
+
+# --------------------------------------------------------------------------------------------- several models
+def test_models_share_ring_and_scratch_and_each_keeps_its_budget(sim, compute_mode):
+    first, second = sm.build(), sm.build(6, seed=1)
+    right = sm.reference(first), sm.reference(second)
+    floors = [sm.sizes(model, GPU, **F32)[0] for model in (first, second)]
+    with (
+        attached(first, device=GPU, location="shared", budget_bytes=floors[0], **F32) as one,
+        attached(second, device=GPU, location="cpu", budget_bytes=floors[1], **F32) as two,
+    ):
+        assert one.state is two.state
+        shared = max(one.plan.ring_bytes, two.plan.ring_bytes) + one.state.scratch.nbytes
+        assert one.state.shared_bytes == shared
+        assert sim.memory_allocated() <= sum(floors)
+        for _ in range(3):
+            assert torch.equal(sm.run(first, GPU), right[0])
+            assert torch.equal(sm.run(second, GPU), right[1])
+        one.unload()
+        assert torch.equal(sm.run(second, GPU), right[1])
+        one.rebalance(floors[0])
+        assert torch.equal(sm.run(first, GPU), right[0])
+
+
+def test_giving_room_to_another_model_drops_residents_and_keeps_the_result(sim, compute_mode):
+    model = sm.build(6)
+    expected = sm.reference(model)
+    with attached(model, device=GPU, location="shared", budget_bytes=1 << 30, **F32) as attachment:
+        had = attachment.resident_bytes
+        attachment.give_up(had // 3)
+        assert had // 3 <= had - attachment.resident_bytes < had
+        attachment.rebalance(attachment.resident_bytes + (4 << 20))
+        for _ in range(3):
+            assert torch.equal(sm.run(model, GPU), expected)
+        attachment.give_up(1 << 40)
+        assert not attachment.active
+        assert sim.memory_allocated() == 0
+
+
+def test_a_big_embedding_stays_on_the_host_and_only_its_rows_travel(sim, compute_mode, monkeypatch):
+    monkeypatch.setattr(inventory, "GATHERED_FROM_BYTES", 100_000)
+    for weight in (
+        torch.nn.Parameter(torch.randn(1000, 512), requires_grad=False),
+        torch.nn.Parameter(sm.packed_weight("Q8_0", (1000, 512)), requires_grad=False),
+    ):
+        model = torch.nn.Sequential(torch.nn.Embedding(1000, 512, device="meta"), torch.nn.LayerNorm(512))
+        model.requires_grad_(False)
+        model[0].weight = weight
+        plain = weight.detach()
+        plain = plain.dequantize(torch.float32) if isinstance(plain, PackedTensor) else plain
+        indices = torch.tensor([[3, 999, 0], [3, 7, 500]])
+        expected = model[1](plain[indices])
+        with (
+            attached(model, device=GPU, location="shared", budget_bytes=0, **F32) as attachment,
+            torch.inference_mode(),
+        ):
+            assert attachment.layers == []
+            held = sim.memory_allocated()
+            assert held < 100_000
+            sim.reset_stats()
+            assert torch.equal(model(indices.to(GPU)).cpu(), expected)
+            assert sim.stats()["h2d_pageable_bytes"] + sim.stats()["h2d_pinned_bytes"] < 20_000
+
+
+def test_measured_times_lead_to_one_other_plan_at_most(sim, monkeypatch):
+    from lib_qswap.swap.manager import Attachment
+
+    balanced = []
+    original = Attachment._balance
+    monkeypatch.setattr(
+        Attachment, "_balance", lambda self, budget: (balanced.append(budget), original(self, budget))
+    )
+    model = sm.build(6)
+    floor, whole, _ = sm.sizes(model, GPU, **F32)
+    balanced.clear()
+    with attached(
+        model, device=GPU, location="shared", budget_bytes=(floor + whole) // 2, **F32
+    ) as attached_:
+        for _ in range(8):
+            sm.run(model, GPU)
+        assert len(balanced) in (1, 2)
+        names = [layer.name for layer in attached_.layers]
+        assert names == [
+            *(f"blocks.{i}.{part}" for i in range(6) for part in ("up", "down")),
+            "conv",
+        ]
+        assert all(layer.times.compute_s is not None for layer in attached_.layers)

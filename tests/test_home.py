@@ -1,0 +1,225 @@
+"""Homes: where masters are is read off the storage; what cannot be had steps down, with a message."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import swap_models as sm
+import torch
+
+from lib_qswap.quant.gguf_file import GGUFError
+from lib_qswap.swap import home as homes
+from lib_qswap.swap.device import device_of
+from lib_qswap.swap.home import HostBuffer, PinBudget
+from lib_qswap.swap.manager import attach, attached
+
+pytestmark = pytest.mark.simgpu
+
+GPU = "simgpu"
+F32 = {"compute_dtype": torch.float32}
+
+
+@pytest.fixture(autouse=True)
+def engine(sim):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with sm.clean_engine():
+        yield
+    torch.set_num_threads(threads)
+
+
+def kinds(attachment):
+    return [layer.home.kind for layer in attachment.layers]
+
+
+def test_the_kind_of_a_home_is_what_its_storage_is(sim, tmp_path):
+    model = sm.build(file=tmp_path / "model.gguf")
+    with attached(model, device=GPU, location="shared", budget_bytes=0, **F32) as attachment:
+        assert set(kinds(attachment)) == {"shared"}
+        assert all(layer.home.payload.is_pinned() for layer in attachment.layers)
+    with attached(model, device=GPU, location="cpu", budget_bytes=0, **F32) as attachment:
+        assert set(kinds(attachment)) == {"cpu"}
+        assert not any(layer.home.page_locked for layer in attachment.layers)
+    with attached(model, device=GPU, location="disk", budget_bytes=0, **F32) as attachment:
+        by_name = {layer.name: layer.home for layer in attachment.layers}
+        assert {home.kind for name, home in by_name.items() if name.startswith("blocks")} == {"disk"}
+        assert by_name["conv"].kind == "cpu", "it is in no file"
+        assert all(home.payload is None for home in by_name.values())
+        assert any("no file" in text for text in sm.messages())
+
+
+def test_a_location_chosen_later_moves_the_masters_and_keeps_the_result(sim, compute_mode, tmp_path):
+    model = sm.build(file=tmp_path / "model.gguf")
+    expected, before = sm.reference(model), sm.masters(model)
+    with attached(model, device=GPU, location="shared", budget_bytes=0, **F32) as attachment:
+        for location in ("disk", "cpu", "shared", "cpu", "disk", "shared"):
+            attachment.configure(
+                location=location, pin_budget_bytes=None, ring_bytes=None, arithmetic="exact"
+            )
+            attachment.rebalance(0)
+            assert location in kinds(attachment)
+            for _ in range(2):
+                assert torch.equal(sm.run(model, GPU), expected)
+    assert sm.masters(model) == before
+
+
+def test_a_page_lock_that_is_refused_leaves_an_ordinary_home_and_says_so(sim, compute_mode):
+    model = sm.build()
+    expected = sm.reference(model)
+    sim.fail_next_pinned(1)
+    with attached(model, device=GPU, location="shared", budget_bytes=0, **F32) as attachment:
+        assert set(kinds(attachment)) == {"cpu"}
+        assert attachment.state.copier.staged
+        assert any("page-locked" in text and "choose CPU" in text for text in sm.messages())
+        for _ in range(2):
+            assert torch.equal(sm.run(model, GPU), expected)
+
+
+def test_the_systems_own_limit_on_page_locking_is_a_step_down(sim, compute_mode, monkeypatch):
+    monkeypatch.setattr(homes, "CHUNK_BYTES", 600_000)
+    model = sm.build(6)
+    expected = sm.reference(model)
+    sim.set_pin_limit(1_000_000)
+    with attached(model, device=GPU, location="shared", budget_bytes=0, **F32) as attachment:
+        assert set(kinds(attachment)) == {"shared", "cpu"}
+        assert sim.stats()["registered_bytes"] == attachment.state.pin_budget.used_bytes <= 1_000_000
+        for _ in range(2):
+            assert torch.equal(sm.run(model, GPU), expected)
+
+
+def test_a_small_page_lock_budget_is_spread_over_the_order_of_execution(sim, monkeypatch):
+    import lib_qswap.swap.copier as copier
+
+    monkeypatch.setattr(copier, "STAGING_BUFFER_BYTES", 64 << 10)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(16))).requires_grad_(False)
+    layer_bytes = 256 * 256 * 4 + 1024
+    limit = 8 * layer_bytes + copier.STAGING_BUFFERS * copier.STAGING_BUFFER_BYTES
+    with attached(model, device=GPU, location="shared", budget_bytes=0, pin_budget_bytes=limit) as attachment:
+        found = kinds(attachment)
+        assert found.count("shared") == 8
+        for start in range(0, 16, 4):
+            assert found[start : start + 4].count("shared") == 2
+        assert attachment.state.pin_budget.used_bytes == limit
+        assert any("page-lock budget" in text for text in sm.messages())
+
+
+def test_without_any_page_locked_memory_everything_still_works(sim, compute_mode, tmp_path):
+    model = sm.build(file=tmp_path / "model.gguf")
+    expected = sm.reference(model)
+    for location in ("shared", "cpu", "disk"):
+        with attached(
+            model, device=GPU, location=location, budget_bytes=0, pin_budget_bytes=0, **F32
+        ) as attachment:
+            assert "shared" not in kinds(attachment)
+            assert attachment.state.copier.staging_locked_bytes == 0
+            assert sim.stats()["registered_bytes"] == 0
+            for _ in range(2):
+                assert torch.equal(sm.run(model, GPU), expected)
+
+
+def test_a_page_lock_budget_is_for_one_attachment_and_not_for_the_next(sim):
+    model = sm.build()
+    with attached(model, device=GPU, location="shared", budget_bytes=0, pin_budget_bytes=0, **F32) as one:
+        assert set(kinds(one)) == {"cpu"}
+    with attached(model, device=GPU, location="shared", budget_bytes=0, **F32) as two:
+        assert set(kinds(two)) == {"shared"}
+
+
+def test_page_locked_memory_is_counted_and_given_back():
+    device = device_of(GPU)
+    budget = PinBudget(5000)
+    buffer = HostBuffer(-1, 4096)
+    memory = torch.frombuffer(buffer, dtype=torch.uint8)
+    assert buffer.lock(device, budget, memory) is None
+    assert memory.is_pinned()
+    assert (budget.used_bytes, budget.left_bytes) == (4096, 904)
+    second = HostBuffer(-1, 4096)
+    assert "budget" in second.lock(device, budget, torch.frombuffer(second, dtype=torch.uint8))
+    assert budget.used_bytes == 4096
+    del buffer
+    assert budget.used_bytes == 4096, "a view still reads it"
+    del memory
+    assert budget.used_bytes == 0
+
+
+def test_ram_that_is_short_sends_masters_to_the_file(sim, compute_mode, tmp_path, monkeypatch):
+    model = sm.build(6, file=tmp_path / "model.gguf")
+    expected = sm.reference(model)
+    monkeypatch.setattr(homes, "available_ram_bytes", lambda: homes.RAM_RESERVE_BYTES + 900_000)
+    with attached(model, device=GPU, location="cpu", budget_bytes=0, **F32) as attachment:
+        packed = [layer.home.kind for layer in attachment.layers if layer.name.startswith("blocks")]
+        assert set(packed) == {"cpu", "disk"}
+        assert any("RAM" in text for text in sm.messages())
+        for _ in range(2):
+            assert torch.equal(sm.run(model, GPU), expected)
+
+
+# ---------------------------------------------------------------------------------------- files that go bad
+@pytest.mark.parametrize("device", [GPU, "cpu"])
+def test_a_file_that_shrank_is_an_error_that_names_it_and_once_restored_all_is_well(sim, tmp_path, device):
+    path = tmp_path / "model.gguf"
+    model = sm.build(file=path)
+    expected = sm.reference(model)
+    with attached(model, device=device, location="disk", budget_bytes=0, **F32) as attachment:
+        assert torch.equal(sm.run(model, device), expected)
+        whole = path.read_bytes()
+        # The map must not be read meanwhile: that is the signal that homes are there to avoid.
+        os.truncate(path, len(whole) - 500_000)
+        try:
+            for _ in range(2):
+                with pytest.raises((GGUFError, OSError), match=r"model\.gguf"):
+                    sm.run(model, device)
+        finally:
+            with open(path, "r+b") as file:
+                file.write(whole)
+        for _ in range(2):
+            assert torch.equal(sm.run(model, device), expected)
+        assert attachment.state.copier.staged
+
+
+def test_a_file_that_shrank_before_the_model_is_attached_leaves_the_model_as_it_was(sim, tmp_path):
+    path = tmp_path / "model.gguf"
+    model = sm.build(file=path)
+    parameters = dict(model.named_parameters())
+    whole = path.read_bytes()
+    os.truncate(path, len(whole) - 500_000)
+    try:
+        with pytest.raises((GGUFError, OSError), match=r"model\.gguf"):
+            attach(model, device=GPU, location="cpu", budget_bytes=0, **F32)
+    finally:
+        with open(path, "r+b") as file:
+            file.write(whole)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert {name: value.device.type for name, value in model.named_parameters()} == dict.fromkeys(
+        parameters, "cpu"
+    )
+    assert sim.memory_allocated() == 0
+    with attached(model, device=GPU, location="cpu", budget_bytes=0, **F32):
+        sm.run(model, GPU)
+
+
+def test_an_unmerged_change_of_weights_finds_the_old_home_again(sim, compute_mode):
+    """What a host does that merges a LoRA and takes it back: other tensors, then the first ones."""
+    model = sm.build()
+    expected = sm.reference(model)
+    with attached(model, device=GPU, location="shared", budget_bytes=0, **F32) as attachment:
+        sm.run(model, GPU)
+        layer = next(layer for layer in attachment.layers if layer.name == "blocks.1.up")
+        linear, home = model.blocks[1].up, layer.home
+        first = linear.weight
+        with attachment.masters_bound():
+            merged = first.detach().dequantize(torch.float32) * 1.5
+            linear.weight = torch.nn.Parameter(merged, requires_grad=False)
+        attachment.rebalance(0)
+        changed = sm.run(model, GPU)
+        assert not torch.equal(changed, expected)
+        assert torch.equal(sm.run(model, GPU), changed)
+        assert next(lay for lay in attachment.layers if lay.name == "blocks.1.up").quant == "float32"
+        with attachment.masters_bound():
+            linear.weight = torch.nn.Parameter(home.tensor(layer.first[0][0]), requires_grad=False)
+        attachment.rebalance(0)
+        assert layer.home is home
+        for _ in range(2):
+            assert torch.equal(sm.run(model, GPU), expected)
