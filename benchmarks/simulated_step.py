@@ -2,9 +2,10 @@
 
     python benchmarks/simulated_step.py [--quant Q4_K] [--resident 0.25] [--link-share 0.7] [--json FILE]
 
-The link is set so that the swapped bytes take `--link-share` of the all-resident step: neither the bottleneck nor free. The bound is
-max(compute, swapped bytes / bandwidth), compute (unpacking included) being the median all-resident step of the same run. Real compute
-shares this machine's cores with the copies, which real hardware does not, so the ratios here are upper limits.
+The link is set so that the swapped bytes take `--link-share` of the all-resident step: neither the bottleneck
+nor free. The bound is max(compute, swapped bytes / bandwidth), compute (unpacking included) being the median
+all-resident step of the same run. Real compute shares this machine's cores with the copies, which real
+hardware does not, so the ratios here are upper limits.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ def main() -> None:
             }
         )
         print(
-            f"{location:<7} {rows[-1]['resident_share']:4.0%} resident  step {step_s:.3f} s  bound {bound_s:.3f} s  "
-            f"ratio {step_s / bound_s:.3f}  stall {model['step']['stall_s']:.3f} s  "
+            f"{location:<7} {rows[-1]['resident_share']:4.0%} resident  step {step_s:.3f} s  "
+            f"bound {bound_s:.3f} s  ratio {step_s / bound_s:.3f}  stall {model['step']['stall_s']:.3f} s  "
             f"same output {rows[-1]['same_output']}"
         )
     hazards = {name: count for name, count in simgpu.hazards().items() if count}

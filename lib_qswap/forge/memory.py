@@ -185,9 +185,22 @@ def _load_models_gpu(
     for patcher in reversed(models):
         loaded = next((one for one in keep if one.model is patcher), None)
         _balance(patcher, loaded, inference, keep)
+    for device in {patcher.load_device for patcher in models}:
+        _report_shortage(device, inference - MARGIN_BYTES)
     if (took := time.perf_counter() - started) > 0.1:
         names = ", ".join(type(patcher.model).__name__ for patcher in models)
         print(f"[QSwap] placing {names} took {took:.2f} s")
+
+
+def _report_shortage(device: torch.device, inference_bytes: float) -> None:
+    from backend import memory_management as mm
+
+    free = mm.get_free_memory(device)
+    if free < inference_bytes:
+        ledger.message(
+            f"This pass asks for {inference_bytes / 2**20:.0f} MB beside the weights, and {free / 2**20:.0f} MB are "
+            "free: Forge may compute it in smaller pieces, which can change the last bits of the image."
+        )
 
 
 def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any]) -> None:
