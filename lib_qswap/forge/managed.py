@@ -22,6 +22,7 @@ from . import settings
 
 _attachments: weakref.WeakKeyDictionary[torch.nn.Module, Attachment] = weakref.WeakKeyDictionary()
 _layers: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Attachment, Layer]] = weakref.WeakKeyDictionary()
+_refused: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _gathered: weakref.WeakKeyDictionary[torch.nn.Module, torch.dtype] = weakref.WeakKeyDictionary()
 
 
@@ -161,6 +162,14 @@ def release(attachment: Attachment, model: torch.nn.Module) -> None:
     _attachments.pop(model, None)
 
 
+def refuse(model: torch.nn.Module) -> None:
+    """QSwap could not serve this model: Forge has it until it is loaded again."""
+    attachment = _attachments.get(model)
+    if attachment is not None:
+        release(attachment, model)
+    _refused.add(model)
+
+
 def release_all() -> None:
     """Gives every model back, for switching off."""
     for model, attachment in list(_attachments.items()):
@@ -169,7 +178,7 @@ def release_all() -> None:
 
 def wants_care(patcher: Any) -> bool:
     """Whether QSwap serves this model whether or not it fits."""
-    if patcher.load_device.type == "cpu" or is_bnb(patcher.model):
+    if patcher.load_device.type == "cpu" or is_bnb(patcher.model) or patcher.model in _refused:
         return False
     return patcher.model in _attachments or has_packed_weights(patcher.model)
 

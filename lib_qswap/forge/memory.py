@@ -198,8 +198,8 @@ def _report_shortage(device: torch.device, inference_bytes: float) -> None:
     free = mm.get_free_memory(device)
     if free < inference_bytes:
         ledger.message(
-            f"This pass asks for {inference_bytes / 2**20:.0f} MB beside the weights, and {free / 2**20:.0f} MB are "
-            "free: Forge may compute it in smaller pieces, which can change the last bits of the image."
+            f"This pass asks for {inference_bytes / 2**20:.0f} MB beside the weights, and {free / 2**20:.0f} MB "
+            "are free: Forge may compute it in smaller pieces, which can change the last bits of the image."
         )
 
 
@@ -227,25 +227,26 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
             available = mm.get_free_memory(device) - inference_bytes
         attachment = managed.attachment_for(patcher)
     budget = _limited(available + _own_bytes(attachment))
-    if loaded is None:
-        loaded = mm.LoadedModel(patcher)
-        try:
+    try:
+        if loaded is None:
+            loaded = mm.LoadedModel(patcher)
+            keep.append(loaded)
             managed.load(loaded, budget)
-        except torch.cuda.OutOfMemoryError as error:
-            ledger.message(
-                f"{attachment.name}: the device has no room for QSwap's buffers ({error}); Forge moves the "
-                "layers itself.",
-                "warning",
-            )
-            managed.release(attachment, patcher.model)
-            loaded.model_load(0)
-        keep.append(loaded)
-    else:
-        mm.current_loaded_models.remove(loaded)
-        had = attachment.budget_bytes
-        grown = attachment.payload_bytes * REGROW_SHARE
-        if had is None or budget < had or budget > had + grown:
-            attachment.rebalance(budget)
+        else:
+            mm.current_loaded_models.remove(loaded)
+            had = attachment.budget_bytes
+            grown = attachment.payload_bytes * REGROW_SHARE
+            if had is None or budget < had or budget > had + grown:
+                attachment.rebalance(budget)
+    except Exception as error:
+        # Whatever it is: Forge's own way may still make the image. It raises again what is not QSwap's fault.
+        ledger.message(
+            f"{attachment.name}: {type(error).__name__}: {error}. Forge moves the layers of this model itself "
+            "until it is loaded again.",
+            "warning",
+        )
+        managed.refuse(patcher.model)
+        loaded.model_load(0)
     mm.current_loaded_models.insert(0, loaded)
 
 
