@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from lib_qswap.quant.gguf_file import open_gguf
+from lib_qswap.quant.gguf_file import GGUFError, open_gguf
 from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.swap import ledger
 
 from . import notices, settings
 from .patches import Patch
@@ -86,10 +87,20 @@ def dequantize(weight: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
 def _load_torch_file(original: Any, ckpt: str, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
     if not str(ckpt).lower().endswith(".gguf"):
         return original(ckpt, *args, **kwargs)
-    weights: dict[str, torch.Tensor] = {}
-    for name, packed in open_gguf(ckpt).items():
-        weights[name] = _parameter(packed)
-    return weights
+    try:
+        return {name: _parameter(packed) for name, packed in open_gguf(ckpt).items()}
+    except GGUFError as error:
+        # Forge says no more than that it does not recognize the model.
+        ledger.message(str(error), "error")
+        _expect_no_model()
+        raise
+
+
+def _expect_no_model() -> None:
+    """Forge has dropped the model that it had before, and still takes it for loaded."""
+    from modules import sd_models
+
+    sd_models.model_data.forge_hash = ""
 
 
 def _parameter(packed: PackedTensor) -> torch.nn.Parameter:

@@ -198,8 +198,9 @@ def _report_shortage(device: torch.device, inference_bytes: float) -> None:
     free = mm.get_free_memory(device)
     if free < inference_bytes:
         ledger.message(
-            f"This pass asks for {inference_bytes / 2**20:.0f} MB beside the weights, and {free / 2**20:.0f} MB "
-            "are free: Forge may compute it in smaller pieces, which can change the last bits of the image."
+            f"This pass asks for {inference_bytes / 2**20:.0f} MB beside the weights, and "
+            f"{free / 2**20:.0f} MB are free: Forge may compute it in smaller pieces, which can change the last "
+            "bits of the image."
         )
 
 
@@ -241,8 +242,8 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
     except Exception as error:
         # Whatever it is: Forge's own way may still make the image. It raises again what is not QSwap's fault.
         ledger.message(
-            f"{attachment.name}: {type(error).__name__}: {error}. Forge moves the layers of this model itself "
-            "until it is loaded again.",
+            f"{attachment.name}: {type(error).__name__}: {error}. Forge moves the layers of this model "
+            "itself until it is loaded again.",
             "warning",
         )
         managed.refuse(patcher.model)
