@@ -270,9 +270,13 @@ def test_a_model_collected_in_the_midst_of_another_ones_step_neither_blocks_nor_
             del other
             armed.append(True)
             results = []
-            thread = threading.Thread(
-                target=lambda: results.extend(call(model) for _ in range(3)), daemon=True
-            )
+
+            def steps():
+                attachment.begin_step(model)  # begins to fetch, with no layer leased yet
+                attachment.state.copier.drain()
+                results.extend(call(model) for _ in range(3))
+
+            thread = threading.Thread(target=steps, daemon=True)
             thread.start()
             thread.join(LATE_S)
         finally:
@@ -356,7 +360,7 @@ def test_a_step_takes_no_longer_than_the_longer_of_compute_and_transfers(sim, lo
     sim.set_bandwidth(h2d=h2d)
     model = Timed(sim, count, layer_s)
     budget = (count // 4 + 4) * LAYER_BYTES
-    x = torch.ones(1, device=GPU)
+    x = torch.ones(1, dtype=torch.float16, device=GPU)  # as the weights: no cast
     options = {"budget_bytes": budget, "ring_bytes": 4 * LAYER_BYTES}
     with attached(model, device=GPU, location=location, **options) as attachment, torch.inference_mode():
         timeline = attachment.state.streamer.timeline
@@ -384,7 +388,7 @@ def test_stalls_are_what_the_bandwidth_dictates(sim):
     count, layer_s, h2d = 8, 0.002, 200e6
     sim.set_bandwidth(h2d=h2d)
     model = Timed(sim, count, layer_s)
-    x = torch.ones(1, device=GPU)
+    x = torch.ones(1, dtype=torch.float16, device=GPU)  # as the weights: no cast
     ring = 2 * LAYER_BYTES
     with (
         attached(model, device=GPU, location="shared", budget_bytes=ring, ring_bytes=ring) as attachment,
@@ -411,7 +415,7 @@ def test_stalls_are_what_the_bandwidth_dictates(sim):
 def test_a_copy_hidden_by_compute_is_no_stall(sim):
     sim.set_bandwidth(h2d=2e9)
     model = Timed(sim, 6, 0.01)
-    x = torch.ones(1, device=GPU)
+    x = torch.ones(1, dtype=torch.float16, device=GPU)  # as the weights: no cast
     ring = 3 * LAYER_BYTES
     with (
         attached(model, device=GPU, location="shared", budget_bytes=ring, ring_bytes=ring) as attachment,
