@@ -130,12 +130,12 @@ def test_a_page_lock_budget_is_for_one_attachment_and_not_for_the_next(sim):
 def test_page_locked_memory_is_counted_and_given_back():
     device = device_of(GPU)
     budget = PinBudget(5000)
-    buffer = HostBuffer(-1, 4096)
+    buffer = HostBuffer.of(4096)
     memory = torch.frombuffer(buffer, dtype=torch.uint8)
     assert buffer.lock(device, budget, memory) is None
     assert memory.is_pinned()
     assert (budget.used_bytes, budget.left_bytes) == (4096, 904)
-    second = HostBuffer(-1, 4096)
+    second = HostBuffer.of(4096)
     assert "budget" in second.lock(device, budget, torch.frombuffer(second, dtype=torch.uint8))
     assert budget.used_bytes == 4096
     del buffer

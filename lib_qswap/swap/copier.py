@@ -128,7 +128,7 @@ class Copier:
             if self._device.can_page_lock:
                 try:
                     if self._device.can_register:
-                        buffer = HostBuffer(-1, nbytes)
+                        buffer = HostBuffer.of(nbytes)
                         memory = torch.frombuffer(buffer, dtype=torch.uint8)
                         reason = buffer.lock(self._device, self._pin_budget, memory)
                         if reason:

@@ -65,6 +65,14 @@ class HostBuffer(mmap.mmap):
     """Anonymous memory of an exact size, page-aligned, that gives its page-lock back when its last view
     goes."""
 
+    @classmethod
+    def of(cls, nbytes: int) -> HostBuffer:
+        """`nbytes` of zeros."""
+        if sys.platform == "win32":
+            return cls(-1, nbytes)
+        # Not shared, the default: such pages are a file's, and are swapped out and counted as one's.
+        return cls(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
     _pin: tuple[Device, PinBudget, int, int] | None = None
 
     def lock(self, device: Device, budget: PinBudget, tensor: torch.Tensor) -> str | None:
@@ -271,7 +279,7 @@ def fill_arena(layers: Sequence[Layer], device: Device, pin_budget: PinBudget | 
         if block is not None:
             owner, memory = block, block.tensor
         else:
-            owner = buffer = HostBuffer(-1, nbytes)
+            owner = buffer = HostBuffer.of(nbytes)
             memory = torch.frombuffer(buffer, dtype=torch.uint8)
         start = 0
         for layer in group:
