@@ -354,7 +354,7 @@ LAYER_BYTES = 1024 * 1024 * 2
 
 
 @pytest.mark.parametrize("location", ["shared", "cpu"])
-@pytest.mark.parametrize(("layer_s", "h2d"), [(0.008, 400e6), (0.004, 250e6)])
+@pytest.mark.parametrize(("layer_s", "h2d"), [(0.02, 160e6), (0.008, 125e6)])
 def test_a_step_takes_no_longer_than_the_longer_of_compute_and_transfers(sim, location, layer_s, h2d):
     count = 16
     sim.set_bandwidth(h2d=h2d)
