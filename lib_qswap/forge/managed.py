@@ -7,7 +7,7 @@ LoRA.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -160,6 +160,13 @@ def release(attachment: Attachment, model: torch.nn.Module) -> None:
         if module is not None:
             _layers.pop(module, None)
     _attachments.pop(model, None)
+
+
+def rest_all_but(models: Sequence[torch.nn.Module]) -> None:
+    """Only these models run next: the others need no ring and no scratch meanwhile."""
+    for model, attachment in list(_attachments.items()):
+        if not any(model is one for one in models):
+            attachment.rest()
 
 
 def refuse(model: torch.nn.Module) -> None:

@@ -174,6 +174,7 @@ def _load_models_gpu(
         original(models, memory_required, hard_memory_preservation)
         return
     started = time.perf_counter()
+    managed.rest_all_but([patcher.model for patcher in models])
     minimum = controls.inference_minimum_bytes()
     inference = max(minimum, memory_required) + hard_memory_preservation + MARGIN_BYTES
     _adopt_clones(models)
@@ -199,8 +200,8 @@ def _report_shortage(device: torch.device, inference_bytes: float) -> None:
     if free < inference_bytes:
         ledger.message(
             f"This pass asks for {inference_bytes / 2**20:.0f} MB beside the weights, and "
-            f"{free / 2**20:.0f} MB are free: Forge may compute it in smaller pieces, which can change the last "
-            "bits of the image."
+            f"{free / 2**20:.0f} MB are free: Forge may compute it in smaller pieces, which can change "
+            "the last bits of the image."
         )
 
 
@@ -239,6 +240,8 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
             grown = attachment.payload_bytes * REGROW_SHARE
             if had is None or budget < had or budget > had + grown:
                 attachment.rebalance(budget)
+            else:
+                _wake(attachment, budget)
     except Exception as error:
         # Whatever it is: Forge's own way may still make the image. It raises again what is not QSwap's fault.
         ledger.message(
@@ -249,6 +252,13 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
         managed.refuse(patcher.model)
         loaded.model_load(0)
     mm.current_loaded_models.insert(0, loaded)
+
+
+def _wake(attachment: Attachment, budget_bytes: int) -> None:
+    try:
+        attachment.wake()
+    except torch.cuda.OutOfMemoryError:
+        attachment.rebalance(budget_bytes)
 
 
 def _leave_to_host(patcher: Any, loaded: Any, keep: list[Any]) -> None:

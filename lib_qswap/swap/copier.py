@@ -9,21 +9,19 @@ asked for.
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lib_qswap.swap import ledger
 from lib_qswap.swap.device import Device
 from lib_qswap.swap.home import HostBuffer, PinBudget, PinnedBlock
 
 if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer
     from lib_qswap.swap.ring import Slot
-
-log = logging.getLogger("qswap")
 
 STAGING_BUFFER_BYTES = 8 << 20
 STAGING_BUFFERS = 4
@@ -132,11 +130,11 @@ class Copier:
                         memory = torch.frombuffer(buffer, dtype=torch.uint8)
                         reason = buffer.lock(self._device, self._pin_budget, memory)
                         if reason:
-                            log.warning("Staging buffers stay pageable: %s.", reason)
+                            _report_pageable(reason)
                     else:
                         memory = PinnedBlock(self._device, self._pin_budget, nbytes).tensor
                 except (RuntimeError, MemoryError) as error:
-                    log.warning("Staging buffers stay pageable: %s.", error)
+                    _report_pageable(str(error))
             if memory is None:
                 memory = torch.empty(nbytes, dtype=torch.uint8)
             self.staging_locked_bytes = nbytes if memory.is_pinned() else 0
@@ -220,3 +218,11 @@ def _work(items: queue.SimpleQueue[Transfer | threading.Event | None], issue: An
             item.set()
         else:
             issue(item)
+
+
+def _report_pageable(reason: str) -> None:
+    ledger.message(
+        f"Staging buffers are ordinary RAM, which makes CPU and Disk slower: {reason}. "
+        "Lower the page-lock budget.",
+        "warning",
+    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import os
 import sys
 import time
@@ -18,8 +17,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-
-log = logging.getLogger("qswap")
 
 ALIGNMENT_BYTES = 256
 """Every part of a payload starts at a multiple of this: what CUDA's own allocator guarantees, and enough for

@@ -348,6 +348,24 @@ class Attachment:
         if nbytes > 0:
             self.unload()
 
+    def rest(self) -> None:
+        """This model does not run for a while: what its layers pass through is given back, residents stay."""
+        if self in self.state.active:
+            with self.state.changing():
+                self.state.active.discard(self)
+                self.state.fit()
+
+    def wake(self) -> None:
+        """It runs again.
+
+        Raises:
+            torch.OutOfMemoryError: what `rest` gave back cannot be had any more.
+        """
+        if self.active and self not in self.state.active:
+            with self.state.changing():
+                self.state.active.add(self)
+                self.state.fit()
+
     @contextlib.contextmanager
     def masters_bound(self) -> Iterator[None]:
         """Inside, all parameters are their masters, on the CPU, for a host that changes weights (a LoRA);
@@ -438,7 +456,7 @@ class Attachment:
         if (
             self.plan is None
             or self.budget_bytes is None
-            or any(lay.times.compute_s is None for lay in self.layers)
+            or all(lay.times.compute_s is None for lay in self.layers)
         ):
             return
         self._replanned = True
