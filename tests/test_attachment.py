@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 import swap_models as sm
 import torch
 
 import lib_qswap
+from lib_qswap.quant.gguf_file import GGUFError
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap import inventory, ledger
 from lib_qswap.swap.manager import attach, attached
@@ -236,3 +238,17 @@ def test_measured_times_lead_to_one_other_plan_at_most(sim, monkeypatch):
             "conv",
         ]
         assert all(layer.times.compute_s is not None for layer in attached_.layers)
+
+
+def test_a_file_that_changed_is_noticed_only_where_weights_are_read_from_it(sim, tmp_path):
+    path = tmp_path / "model.gguf"
+    model = sm.build(file=path)
+    with attached(model, device=GPU, location="disk", budget_bytes=0, **F32) as attachment:
+        attachment.check_files()
+        os.utime(path, ns=(1, 1))
+        with pytest.raises(GGUFError, match=r"model\.gguf"):
+            attachment.check_files()
+    model = sm.build(file=path)
+    with attached(model, device=GPU, location="shared", budget_bytes=0, **F32) as attachment:
+        path.unlink()
+        attachment.check_files()

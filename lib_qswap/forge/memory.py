@@ -212,6 +212,7 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
     device = patcher.load_device
     attachment = managed.attachment_for(patcher) if managed.wants_care(patcher) else None
     if attachment is not None:
+        attachment.check_files()
         need = attachment.whole_bytes - _own_bytes(attachment)
     else:
         need = mm.module_size(patcher.model, exclude_device=device)

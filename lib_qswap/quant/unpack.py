@@ -22,6 +22,12 @@ _CPU_CHUNK_ELEMENTS = 1 << 19
 _CHUNK_ELEMENTS = 1 << 23
 
 
+def kernel_for(asked: str) -> str:
+    """What unpacks where the user asked for "Auto" or a kernel by name; torch's own operations are the only
+    one."""
+    return "Torch" if asked == "Auto" else asked
+
+
 def unpack(
     format: Format,
     packed: Tensor,

@@ -348,6 +348,20 @@ class Attachment:
         if nbytes > 0:
             self.unload()
 
+    def check_files(self) -> None:
+        """Looks whether the files that masters may be read from are the ones that were opened; once per
+        generation.
+
+        Raises:
+            GGUFError: one of them has been changed, or is gone.
+        """
+        from_files = (part for layer in self.layers if layer.home.kind == "disk" for part in layer.parts)
+        sources = [part.source for part in from_files]
+        embeddings = (reference() for reference in self.gathered)
+        sources += [getattr(one.weight, "source", None) for one in embeddings if one is not None]
+        for file in {source.file for source in sources if source is not None}:
+            file.check_unchanged()
+
     def rest(self) -> None:
         """This model does not run for a while: what its layers pass through is given back, residents stay."""
         if self in self.state.active:
