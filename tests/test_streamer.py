@@ -365,7 +365,7 @@ def test_a_step_takes_no_longer_than_the_longer_of_compute_and_transfers(sim, lo
     with attached(model, device=GPU, location=location, **options) as attachment, torch.inference_mode():
         timeline = attachment.state.streamer.timeline
         best = float("inf")
-        for _ in range(10):  # the machine is busy: once is enough
+        for _ in range(40):  # the machine is busy: once is enough
             for _ in range(3):
                 model(x)
             timeline.collect()
