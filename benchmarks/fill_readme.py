@@ -1,0 +1,94 @@
+"""Writes the figures in benchmarks/results/ into README.md, between the marks that the table stands between.
+
+python benchmarks/fill_readme.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+START, END = "<!-- figures:start -->", "<!-- figures:end -->"
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def gigabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.0f} MB"
+
+
+def side_by_side() -> list[str]:
+    figures = result("forge_side_by_side")
+    conditions = figures["conditions"][0]
+    lines = [
+        "In Forge itself, on a simulated accelerator that computes on the CPU (no GPU was at hand; ratios count, not",
+        "seconds), a Flux GGUF of full depth at Q4_K, 64 x 64 pixels. Every image below is the same, pixel for pixel.",
+        "",
+        "| way | step | first image | device peak | down at unload | page-locked |",
+        "|---|---|---|---|---|---|",
+    ]
+    headings = {
+        "whole": "**the model fits whole**",
+        "swapped": f"**device of {conditions['total_mb']} MB, link of {conditions['link_mb_s']:.0f} MB/s**",
+    }
+    for part, heading in headings.items():
+        lines.append(f"| {heading} | | | | | |")
+        for row in figures[part]:
+            lines.append(
+                f"| {row['way']} | {row['step_s']:.2f} s | {row['first_image_s']:.1f} s | "
+                f"{gigabytes(row['device_peak_bytes'])} | {gigabytes(row['d2h_bytes'])} | "
+                f"{gigabytes(row['page_locked_bytes'])} |"
+            )
+    return lines
+
+
+def host_memory() -> list[str]:
+    figures = result("host_memory")
+    payload = gigabytes(figures["shared"]["payload_bytes"])
+    lines = [
+        f"RAM that a GGUF of {payload} takes (anonymous memory):",
+        "",
+        "| | opening | in its home |",
+        "|---|---|---|",
+    ]
+    for location, row in figures.items():
+        share = row["placed_bytes"] / row["payload_bytes"]
+        lines.append(
+            f"| {location.capitalize()} | {gigabytes(row['opened_bytes'])} | {share:.3f} x the payload |"
+        )
+    return lines
+
+
+def simulated_step() -> list[str]:
+    figures = result("simulated_step")
+    lines = [
+        "A step of the demo model with part of it resident, and the least that it can take,",
+        "max(compute, swapped bytes / bandwidth):",
+        "",
+        "| from | resident | step | bound | ratio | waiting for weights |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in figures["rows"]:
+        lines.append(
+            f"| {row['location'].capitalize()} | {row['resident_share']:.0%} | {row['step_s']:.2f} s | "
+            f"{row['bound_s']:.2f} s | {row['ratio']:.2f} | {row['stall_s'] * 1e3:.0f} ms |"
+        )
+    return lines
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    sections = ["\n".join(part()) for part in (side_by_side, simulated_step, host_memory)]
+    readme.write_text(f"{before}{START}\n" + "\n\n".join(sections) + f"\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
