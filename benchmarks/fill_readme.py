@@ -22,27 +22,27 @@ def gigabytes(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.0f} MB"
 
 
-def side_by_side() -> list[str]:
+def forge_side_by_side() -> list[str]:
     figures = result("forge_side_by_side")
     conditions = figures["conditions"][0]
     lines = [
-        "In Forge itself, on a simulated accelerator that computes on the CPU (no GPU was at hand; ratios count, not",
-        "seconds), a Flux GGUF of full depth at Q4_K, 64 x 64 pixels. Every image below is the same, pixel for pixel.",
+        "In Forge itself, on a simulated accelerator that computes on the CPU (no GPU was at hand: ratios",
+        "count, not seconds), a Flux GGUF of full depth at Q4_K, 64 x 64 pixels. "
+        + ("All images are the same, pixel for pixel." if figures["same_images"] else "The images differ."),
         "",
-        "| way | step | first image | device peak | down at unload | page-locked |",
-        "|---|---|---|---|---|---|",
+        "| way | step | first image | device peak | page-locked |",
+        "|---|---|---|---|---|",
     ]
     headings = {
         "whole": "**the model fits whole**",
         "swapped": f"**device of {conditions['total_mb']} MB, link of {conditions['link_mb_s']:.0f} MB/s**",
     }
     for part, heading in headings.items():
-        lines.append(f"| {heading} | | | | | |")
+        lines.append(f"| {heading} | | | | |")
         for row in figures[part]:
             lines.append(
                 f"| {row['way']} | {row['step_s']:.2f} s | {row['first_image_s']:.1f} s | "
-                f"{gigabytes(row['device_peak_bytes'])} | {gigabytes(row['d2h_bytes'])} | "
-                f"{gigabytes(row['page_locked_bytes'])} |"
+                f"{gigabytes(row['device_peak_bytes'])} | {gigabytes(row['page_locked_bytes'])} |"
             )
     return lines
 
@@ -50,17 +50,12 @@ def side_by_side() -> list[str]:
 def host_memory() -> list[str]:
     figures = result("host_memory")
     payload = gigabytes(figures["shared"]["payload_bytes"])
-    lines = [
-        f"RAM that a GGUF of {payload} takes (anonymous memory):",
-        "",
-        "| | opening | in its home |",
-        "|---|---|---|",
-    ]
+    lines = [f"RAM that a GGUF of {payload} takes (anonymous memory):", ""]
+    lines += ["| | opening | in its home |", "|---|---|---|"]
     for location, row in figures.items():
         share = row["placed_bytes"] / row["payload_bytes"]
-        lines.append(
-            f"| {location.capitalize()} | {gigabytes(row['opened_bytes'])} | {share:.3f} x the payload |"
-        )
+        opening = gigabytes(row["opened_bytes"])
+        lines.append(f"| {location.capitalize()} | {opening} | {share:.3f} x the payload |")
     return lines
 
 
@@ -86,7 +81,8 @@ def main() -> None:
     text = readme.read_text(encoding="utf-8")
     before, rest = text.split(START)
     _, after = rest.split(END)
-    sections = ["\n".join(part()) for part in (side_by_side, simulated_step, host_memory)]
+    parts = (forge_side_by_side, simulated_step, host_memory)
+    sections = ["\n".join(part()) for part in parts if (RESULTS / f"{part.__name__}.json").exists()]
     readme.write_text(f"{before}{START}\n" + "\n\n".join(sections) + f"\n{END}{after}", encoding="utf-8")
 
 

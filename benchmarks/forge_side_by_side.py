@@ -109,7 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
     server = Server(arguments.port, arguments.model, arguments.steps)
     small, link = arguments.total_mb << 20, arguments.link_mb_s * 1e6
-    results: dict[str, list[dict[str, Any]]] = {"whole": [], "swapped": []}
+    results: dict[str, Any] = {"whole": [], "swapped": []}
     for _ in range(2):  # The first round also warms up.
         results["whole"] = []
         for qswap in ("Auto", None):
@@ -121,9 +121,10 @@ def main() -> None:
     for pin, method in FORGE_METHODS:
         server.use(total_bytes=small, link=link, qswap=None, pin=pin, method=method)
         results["swapped"].append(server.measure(f"Forge, {pin}, {method}"))
-    images = {row["image"] for rows in results.values() for row in rows}
-    print("all images are the same" if len(images) == 1 else f"{len(images)} different images")
-    for row in (row for rows in results.values() for row in rows):
+    rows = results["whole"] + results["swapped"]
+    results["same_images"] = len({row["image"] for row in rows}) == 1
+    print("all images are the same" if results["same_images"] else "the images differ")
+    for row in rows:
         del row["image"]  # A hash of this process only.
     results["conditions"] = [vars(arguments) | {"json": None}]
     if arguments.json:
