@@ -11,6 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+NAMES = {"shared": "Shared", "cpu": "CPU", "disk": "Disk"}
 START, END = "<!-- figures:start -->", "<!-- figures:end -->"
 
 
@@ -55,22 +56,22 @@ def host_memory() -> list[str]:
     for location, row in figures.items():
         share = row["placed_bytes"] / row["payload_bytes"]
         opening = gigabytes(row["opened_bytes"])
-        lines.append(f"| {location.capitalize()} | {opening} | {share:.3f} x the payload |")
+        lines.append(f"| {NAMES[location]} | {opening} | {share:.3f} x the payload |")
     return lines
 
 
 def simulated_step() -> list[str]:
     figures = result("simulated_step")
     lines = [
-        "A step of the demo model with part of it resident, and the least that it can take,",
-        "max(compute, swapped bytes / bandwidth):",
+        "A step of the demo model with part of it resident, on a simulated accelerator that computes on the",
+        "CPU, and the least that it can take, max(compute, swapped bytes / bandwidth):",
         "",
         "| from | resident | step | bound | ratio | waiting for weights |",
         "|---|---|---|---|---|---|",
     ]
     for row in figures["rows"]:
         lines.append(
-            f"| {row['location'].capitalize()} | {row['resident_share']:.0%} | {row['step_s']:.2f} s | "
+            f"| {NAMES[row['location']]} | {row['resident_share']:.0%} | {row['step_s']:.2f} s | "
             f"{row['bound_s']:.2f} s | {row['ratio']:.2f} | {row['stall_s'] * 1e3:.0f} ms |"
         )
     return lines
