@@ -26,7 +26,8 @@ def patches() -> list[Patch]:
     importers = [
         module
         for module in list(sys.modules.values())
-        if vars(module).get("load_torch_file") is utils.load_torch_file
+        # Not every entry is a module: None and stand-ins are allowed there.
+        if getattr(module, "__dict__", {}).get("load_torch_file") is utils.load_torch_file
     ]
     return [
         *(Patch(module, "load_torch_file", _load_torch_file) for module in importers),

@@ -13,7 +13,6 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -232,7 +231,3 @@ def device_of(device: torch.device | str) -> Device:
     """The one `Device` of a torch device."""
     found = Device(torch.device(device))
     return _devices.setdefault(found.device, found)
-
-
-def known_devices() -> Iterator[Device]:
-    return iter(list(_devices.values()))

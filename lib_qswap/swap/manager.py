@@ -81,7 +81,6 @@ class Attachment:
         self._host_counts = False
         self._ring_bytes = ring_bytes
         self._pin_budget_bytes = pin_budget_bytes
-        self._module = weakref.ref(module)
         self._profiles_left = 0
         self._replanned = False
         self._hooks: list[Any] = []
@@ -91,14 +90,14 @@ class Attachment:
         self.gathered = self.inventory.gathered
         self.roots = [weakref.ref(root) for root in (roots if roots is not None else [module])]
         self._root_keys = [id(reference()) for reference in self.roots]
-        self._hook_roots(module)
+        self._hook_roots()
         ledger.register(self)
         # The attachment holds its modules weakly, and lives as long as its model does.
         self._finalizer = weakref.finalize(module, _module_gone, self)
         self._finalizer.atexit = False
 
     # ------------------------------------------------------------------------------------- what the model has
-    def _hook_roots(self, module: torch.nn.Module) -> None:
+    def _hook_roots(self) -> None:
         reference = weakref.ref(self)
 
         def before(root: torch.nn.Module, _args: Any) -> None:
