@@ -96,3 +96,16 @@ def compute_mode(request, sim):
     yield request.param
     sim.synchronize()
     sim.set_async_compute(False)
+
+
+@pytest.fixture
+def engine(sim):
+    """For tests of swapping: one thread of compute, and an engine that has no models before and after."""
+    import swap_models
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with swap_models.clean_engine():
+        yield
+    torch.set_num_threads(threads)

@@ -15,20 +15,11 @@ from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap import inventory, ledger
 from lib_qswap.swap.manager import attach, attached
 
-pytestmark = pytest.mark.simgpu
+pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("engine")]
 
 GPU = "simgpu"
 F32 = {"compute_dtype": torch.float32}
 OUT_OF_MEMORY = torch.cuda.OutOfMemoryError
-
-
-@pytest.fixture(autouse=True)
-def engine(sim):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with sm.clean_engine():
-        yield
-    torch.set_num_threads(threads)
 
 
 def test_detaching_gives_the_module_back_as_it_was(sim, compute_mode, tmp_path):

@@ -16,19 +16,10 @@ from lib_qswap.swap.device import device_of
 from lib_qswap.swap.device_state import state_of
 from lib_qswap.swap.manager import attach, attached
 
-pytestmark = pytest.mark.simgpu
+pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("engine")]
 
 GPU = "simgpu"
 F32 = {"compute_dtype": torch.float32}
-
-
-@pytest.fixture(autouse=True)
-def engine(sim):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with sm.clean_engine():
-        yield
-    torch.set_num_threads(threads)
 
 
 def share_of(model, device, share):

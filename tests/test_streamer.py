@@ -12,20 +12,11 @@ import torch
 
 from lib_qswap.swap.manager import attach, attached
 
-pytestmark = pytest.mark.simgpu
+pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("engine")]
 
 GPU = "simgpu"
 F32 = {"compute_dtype": torch.float32}
 LATE_S = 20.0  # what comes after that did not come
-
-
-@pytest.fixture(autouse=True)
-def engine(sim):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with sm.clean_engine():
-        yield
-    torch.set_num_threads(threads)
 
 
 class Steps(torch.nn.Module):
