@@ -31,6 +31,7 @@ SIM_SETTINGS = {
     "async_compute": False,
     "cache_counts": False,
     "strict": True,
+    "virtual_time": False,
 }
 
 
@@ -96,6 +97,14 @@ def compute_mode(request, sim):
     yield request.param
     sim.synchronize()
     sim.set_async_compute(False)
+
+
+@pytest.fixture
+def virtual_time(sim):
+    """The device's times are computed, not waited for: the same on any machine, however busy it is."""
+    sim.set_virtual_time(True)
+    yield
+    sim.synchronize()
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ SETTINGS = {
     "cache_counts": False,
     "strict": True,
     "pin_pow2": False,
+    "virtual_time": False,
 }
 
 
@@ -224,48 +225,68 @@ def test_every_copy_costs_the_latency(sim):
     assert 0.038 < clock(copy_twenty_times) < LATE
 
 
-@timed
+@pytest.fixture
+def virtual_time(sim):
+    """Times are computed, not waited for."""
+    sim.set_virtual_time(True)
+
+
+@pytest.mark.usefixtures("virtual_time")
 def test_two_streams_share_the_copy_engine(sim):
     src, s = [pin(10 * MB), pin(10 * MB)], [torch.simgpu.Stream(), torch.simgpu.Stream()]
     dst = [torch.empty(10 * MB, device=DEV) for _ in s]
-    t0 = time.perf_counter()
+    t0 = sim.now()
     for i in range(2):
         with torch.simgpu.stream(s[i]):
             dst[i].copy_(src[i], non_blocking=True)
     torch.simgpu.synchronize()
-    assert 0.08 < time.perf_counter() - t0 < LATE
-    assert 0.075 < sim.stats()["h2d_engine_busy_s"] < LATE
+    one = 40 * MB / 1e9
+    assert sim.now() - t0 == pytest.approx(2 * one)
+    assert sim.stats()["h2d_engine_busy_s"] == pytest.approx(2 * one)
 
 
-@timed
+@pytest.mark.usefixtures("virtual_time")
 def test_copies_in_both_directions_overlap(sim):
     s, t, h, d = torch.simgpu.Stream(), torch.simgpu.Stream(), pin(10 * MB), torch.ones(10 * MB, device=DEV)
     back, dst = pin(10 * MB, 0), torch.empty(10 * MB, device=DEV)
-    one_way = 40 * MB / 1e9  # so slow that the copies' own work does not count
-    sim.set_bandwidth(h2d=1e9, d2h=1e9)
-    taken = []
-    for _ in range(10):  # on a busy machine once is enough
-        back.zero_()
-        t0 = time.perf_counter()
-        with torch.simgpu.stream(s):
-            dst.copy_(h, non_blocking=True)
-        with torch.simgpu.stream(t):
-            t.wait_event(torch.simgpu.default_stream().record_event())
-            back.copy_(d, non_blocking=True)
-        stale = back[-1].item()
-        torch.simgpu.synchronize()
-        taken.append(time.perf_counter() - t0)
-        assert stale == 0
-        assert back[-1].item() == 1
-        if taken[-1] < 1.7 * one_way:
-            break
-    assert one_way < min(taken) < 1.7 * one_way
-    assert sim.stats()["d2h_pinned_bytes"] == len(taken) * 40 * MB
+    t0 = sim.now()
+    with torch.simgpu.stream(s):
+        dst.copy_(h, non_blocking=True)
+    with torch.simgpu.stream(t):
+        t.wait_event(torch.simgpu.default_stream().record_event())
+        back.copy_(d, non_blocking=True)
+    torch.simgpu.synchronize()
+    assert back[-1].item() == 1
+    assert sim.now() - t0 == pytest.approx(40 * MB / 1e9)
+    assert sim.stats()["d2h_pinned_bytes"] == 40 * MB
+    assert races(sim) == 0
+
+
+@pytest.mark.usefixtures("virtual_time")
+@pytest.mark.parametrize("queued", [False, True])
+def test_overlap_saves_time(sim, queued):
+    sim.set_async_compute(queued)
+    src, dst, s = pin(25 * MB), torch.empty(25 * MB, device=DEV), torch.simgpu.Stream()
+    copy = 100 * MB / 1e9
+    t0 = sim.now()
+    with torch.simgpu.stream(s):
+        dst.copy_(src, non_blocking=True)
+        e = s.record_event()
+    sim.busy(1.5 * copy)
+    torch.simgpu.current_stream().wait_event(e)
+    torch.simgpu.synchronize()
+    assert sim.now() - t0 == pytest.approx(1.5 * copy)
+    t0 = sim.now()
+    dst.copy_(src, non_blocking=True)
+    sim.busy(1.5 * copy)
+    torch.simgpu.synchronize()
+    assert sim.now() - t0 == pytest.approx(2.5 * copy)
+    assert dst.sum().item() == 25 * MB
     assert races(sim) == 0
 
 
 @timed
-def test_overlap_saves_time(sim):
+def test_overlap_saves_time_on_the_wall_as_well(sim):
     src, dst, s, T = pin(25 * MB), torch.empty(25 * MB, device=DEV), torch.simgpu.Stream(), 0.105
     t0 = time.perf_counter()
     with torch.simgpu.stream(s):
@@ -280,8 +301,48 @@ def test_overlap_saves_time(sim):
     serial = time.perf_counter() - t0
     assert both < 0.8 * serial
     assert serial > 1.9 * T
-    assert dst.sum().item() == 25 * MB
     assert races(sim) == 0
+
+
+@pytest.mark.usefixtures("virtual_time")
+def test_virtual_time_passes_at_once_and_follows_what_waits_for_what(sim):
+    a, b, e = torch.simgpu.Stream(), torch.simgpu.Stream(), torch.simgpu.Event(enable_timing=True)
+    f = torch.simgpu.Event(enable_timing=True)
+    begun, t0 = time.perf_counter(), sim.now()
+    with torch.simgpu.stream(a):
+        sim.busy(1000)
+        e.record()
+    with torch.simgpu.stream(b):
+        sim.busy(1)
+        b.wait_event(e)
+        sim.busy(10)
+        f.record()
+    assert sim.now() == t0  # the host has waited for nothing
+    e.synchronize()
+    assert sim.now() - t0 == pytest.approx(1000)
+    f.synchronize()
+    assert sim.now() - t0 == pytest.approx(1010)
+    assert e.elapsed_time(f) == pytest.approx(10e3)
+    assert sim.stats()["host_wait_s"] == pytest.approx(1010)
+    assert time.perf_counter() - begun < 100
+    sim.set_virtual_time(False)
+    assert sim.now() == pytest.approx(time.monotonic(), abs=LATE)
+
+
+@pytest.mark.usefixtures("virtual_time")
+def test_in_virtual_time_a_copy_begins_no_earlier_than_the_host_asked_for_it(sim):
+    src, dst, s = pin(10 * MB), torch.empty(10 * MB, device=DEV), torch.simgpu.Stream()
+    started, ready = (torch.simgpu.Event(enable_timing=True) for _ in range(2))
+    before = torch.simgpu.Event(enable_timing=True)
+    before.record()
+    sim.busy(0.5)  # the default stream's work is done by the host itself here
+    with torch.simgpu.stream(s):
+        started.record()
+        dst.copy_(src, non_blocking=True)
+        ready.record()
+    ready.synchronize()
+    assert before.elapsed_time(started) == pytest.approx(500)
+    assert started.elapsed_time(ready) == pytest.approx(40 * MB / 1e9 * 1e3)
 
 
 def test_events_wait_between_side_streams(sim):

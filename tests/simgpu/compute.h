@@ -70,7 +70,7 @@ static void drain(bool host_knows) {
   Lock l(G.mu);
   auto& s = stream(id);
   uint64_t seq = s.submitted;
-  host_wait(l, G.wait_s, [&] { return s.completed >= seq; });
+  host_wait(l, G.wait_s, [&] { return s.completed >= seq; }, s.idle_since);
   if (host_knows) {
     G.host.merge(s.vc);
     raise_error(l);

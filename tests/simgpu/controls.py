@@ -57,6 +57,17 @@ def set_async_compute(on):
     config(async_compute=bool(on))
 
 
+def set_virtual_time(on):
+    """True: nothing sleeps. Device and host have clocks that transfers, `busy` and `op_seconds` move on, so
+    that times do not depend on the machine."""
+    config(virtual_time=bool(on))
+
+
+def now():
+    """The calling thread's clock in seconds: the machine's, or with virtual time its own."""
+    return native.now()
+
+
 def busy(seconds):
     """The current stream computes that long (the default one: this thread does, without the GIL)."""
     native.busy(float(seconds))

@@ -112,6 +112,7 @@ struct DeviceAlloc final : c10::DeviceAllocator {
       if (!injected && G.active + charged > G.cfg.total && !G.deferred.empty()) {
         G.n_defer_waits++;
         for (;;) {
+          const double at_once = 0;  // in virtual time an allocation costs nothing
           host_wait(l, G.wait_s, [&] {
             for (auto& d : G.deferred) {
               bool r = true;
@@ -119,7 +120,7 @@ struct DeviceAlloc final : c10::DeviceAllocator {
               if (r) return true;
             }
             return G.deferred.empty();
-          });
+          }, at_once);
           poll_deferred(todo, drop);
           if (G.deferred.empty() || G.active + charged <= G.cfg.total) break;
         }

@@ -90,6 +90,17 @@ static void set_async(bool on) {
   Lock l(G.mu);
   G.cfg.async_compute = on;
 }
+static void set_virtual_time(bool on) {
+  static int eras = 0;
+  sync_device();
+  Lock l(G.mu);
+  if (on == G.cfg.virtual_time && on == (virtual_era != 0)) return;
+  G.cfg.virtual_time = on;
+  G.h2d.free_at = G.d2h.free_at = 0;
+  for (auto& s : G.streams) s->idle_since = 0;
+  virtual_start = wall();
+  virtual_era = on ? ++eras : 0;
+}
 static Dict get_config() {
   Lock l(G.mu);
   auto& c = G.cfg;
@@ -105,12 +116,17 @@ static Dict get_config() {
           {"pin_pow2", double(c.pin_pow2)},
           {"cache_counts", double(c.cache_counts)},
           {"async_compute", double(c.async_compute)},
+          {"virtual_time", double(c.virtual_time)},
           {"strict", double(c.strict)},
           {"cache_max", double(c.cache_max)}};
 }
 static void set_config(const std::string& k, double v) {
   if (k == "async_compute") {
     set_async(v != 0);
+    return;
+  }
+  if (k == "virtual_time") {
+    set_virtual_time(v != 0);
     return;
   }
   Lock l(G.mu);
@@ -139,6 +155,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("init", [] {
     static auto& h = *new Hooks;
     at::RegisterPrivateUse1HooksInterface(&h);
+    set_virtual_time(G.cfg.virtual_time);
   });
   m.def("get_config", &get_config, nogil());
   m.def("set_config", &set_config, nogil());
@@ -169,6 +186,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       nogil());
   m.def("busy", &busy, nogil());
+  m.def("now", &now);
   m.def("synchronize", &sync_device, nogil());
   m.def("host_register", &host_register, nogil());
   m.def("host_unregister", &host_unregister, nogil());

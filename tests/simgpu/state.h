@@ -15,6 +15,7 @@
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <sys/prctl.h>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -31,11 +32,34 @@ static constexpr auto PU = c10::DeviceType::PrivateUse1;
 static const c10::Device DEV(PU, 0);
 
 // ---- time, settings
-static double now() {
+static double wall() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+// Virtual time: nothing sleeps; every thread has a clock of its own that what takes time moves on, and that
+// waiting for another thread's work moves to where that work ended. It starts anew, at the wall's time, with
+// every switch (`era`).
+static std::atomic<int> virtual_era{0};  // 0 = real time
+static std::atomic<double> virtual_start{0};
+static double& thread_clock() {
+  static thread_local double clock = 0;
+  static thread_local int era = 0;
+  if (era != virtual_era) {
+    era = virtual_era;
+    clock = virtual_start;
+  }
+  return clock;
+}
+static double now() { return virtual_era ? thread_clock() : wall(); }
+// The thread has waited for something that ended at t.
+static void catch_up(double t) {
+  if (virtual_era) thread_clock() = std::max(thread_clock(), t);
 }
 // sleeps, then spins over the last bit, so that short copies are timed well too
 static void wait_until(double t) {
+  if (virtual_era) {
+    catch_up(t);
+    return;
+  }
   double d = t - now();
   if (d > 150e-6) std::this_thread::sleep_for(std::chrono::duration<double>(d - 80e-6));
   while (now() < t) std::this_thread::yield();
@@ -67,6 +91,8 @@ struct Config {
   bool async_compute = env("SIMGPU_ASYNC", 0) != 0;
   // a compute op that mixes device tensors and CPU tensors (dim > 0) raises
   bool strict = env("SIMGPU_STRICT", 1) != 0;
+  // see thread_clock()
+  bool virtual_time = env("SIMGPU_VIRTUAL_TIME", 0) != 0;
   // device blocks are charged in multiples of this
   size_t round = 512;
   // most bytes of freed blocks kept for reuse
@@ -140,6 +166,7 @@ struct Event {
 struct Job {
   std::function<void()> fn;
   EvP wait, signal;  // wait before fn, signal after it
+  double submitted = 0;
   // device memory it touches (kept alive, counted as pending)
   std::vector<MemP> mems;
   // pinned host memory it reads or writes (kept alive)
@@ -161,6 +188,7 @@ struct Stream {
   std::deque<Job> q;
   uint64_t submitted = 0, completed = 0;
   bool started = false;
+  double idle_since = 0;  // when its last finished job ended
   VC vc;
   Counters c;
 };
@@ -194,7 +222,7 @@ struct Deferred {
 };
 struct Engine {
   std::mutex mu;
-  double busy = 0;
+  double busy = 0, free_at = 0;
 };
 
 struct Global {

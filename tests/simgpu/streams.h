@@ -38,7 +38,11 @@ static void worker(Stream* s) {
     G.cv.wait(l, [&] { return !s->q.empty(); });
     Job j = std::move(s->q.front());
     s->q.pop_front();
-    if (j.wait) G.cv.wait(l, [&] { return j.wait->done; });
+    catch_up(j.submitted);
+    if (j.wait) {
+      G.cv.wait(l, [&] { return j.wait->done; });
+      catch_up(j.wait->t);
+    }
     l.unlock();
     std::string err;
     try {
@@ -66,6 +70,7 @@ static void worker(Stream* s) {
       signal->t = now();
     }
     s->completed++;
+    s->idle_since = now();
     G.cv.notify_all();
   }
 }
@@ -80,6 +85,7 @@ static uint64_t enqueue(Stream& s, Job&& j) {
     auto it = G.pins.find(j.reg);
     if (it != G.pins.end()) it->second.pend++;
   }
+  j.submitted = now();
   s.q.push_back(std::move(j));
   if (!s.started) {
     s.started = true;
@@ -105,20 +111,22 @@ static void raise_error(Lock& l) {
   }
 }
 
-// the calling thread blocks; NoGil must be in force already
+// the calling thread blocks until `done`, which happened at `ended`; NoGil must be in force already
 template <class P>
-static void host_wait(Lock& l, double& account, P done) {
-  if (done()) return;
+static void host_wait(Lock& l, double& account, P done, const double& ended) {
   double t = now();
-  G.waits++;
-  G.cv.wait(l, done);
+  if (!done()) {
+    G.waits++;
+    G.cv.wait(l, done);
+  }
+  catch_up(ended);
   account += now() - t;
 }
 static void wait_seq(int64_t id, uint64_t seq, double& account) {
   NoGil n;
   Lock l(G.mu);
   auto& s = stream(id);
-  host_wait(l, account, [&] { return s.completed >= seq; });
+  host_wait(l, account, [&] { return s.completed >= seq; }, s.idle_since);
 }
 static void sync_stream(int64_t id) {
   {
@@ -127,7 +135,7 @@ static void sync_stream(int64_t id) {
     auto& s = stream(id);
     uint64_t seq = s.submitted;
     VC vc = s.vc;
-    host_wait(l, G.wait_s, [&] { return s.completed >= seq; });
+    host_wait(l, G.wait_s, [&] { return s.completed >= seq; }, s.idle_since);
     G.host.merge(vc);
     raise_error(l);
   }
@@ -174,12 +182,12 @@ static void ev_block(Event& e, int64_t id) {
   auto& s = stream(id);
   s.vc.merge(c->vc);
   if (is_async(s)) {
-    if (!c->done) {
+    if (!c->done || virtual_era) {
       Job j;
       j.wait = c;
       enqueue(s, std::move(j));
     }
-  } else host_wait(l, G.wait_s, [&] { return c->done; });
+  } else host_wait(l, G.wait_s, [&] { return c->done; }, c->t);
 }
 static bool ev_query(Event& e) {
   if (!e.cur) return true;
@@ -193,7 +201,7 @@ static void ev_sync(Event& e) {
     EvP c = e.cur;
     NoGil n;
     Lock l(G.mu);
-    host_wait(l, G.wait_s, [&] { return c->done; });
+    host_wait(l, G.wait_s, [&] { return c->done; }, c->t);
     G.host.merge(c->vc);
     raise_error(l);
   }

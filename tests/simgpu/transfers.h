@@ -25,6 +25,7 @@ static void engine_copy(bool h2d, bool pinned, char* dst, const char* src, size_
   // a DMA transfer: the engine is taken for all of it
   if (pinned) {
     std::lock_guard<std::mutex> l(e.mu);
+    catch_up(e.free_at);
     double t0 = now();
     wait_until(t0 + lat);
     for (size_t i = 0; i < n; i += chunk) {
@@ -33,6 +34,7 @@ static void engine_copy(bool h2d, bool pinned, char* dst, const char* src, size_
       if (bw > 0) wait_until(t0 + lat + (i + k) / bw);
     }
     double d = now() - t0;
+    e.free_at = now();
     Lock g(G.mu);
     e.busy += d;
     return;
@@ -45,9 +47,11 @@ static void engine_copy(bool h2d, bool pinned, char* dst, const char* src, size_
     double t1 = now();
     if (per > dma) wait_until(t1 + per - dma);
     std::lock_guard<std::mutex> l(e.mu);
+    catch_up(e.free_at);
     double t2 = now();
     std::memcpy(dst + i, src + i, k);
     wait_until(t2 + std::min(dma, per > 0 ? per : dma));
+    e.free_at = now();
     busy += now() - t2;
   }
   Lock g(G.mu);
