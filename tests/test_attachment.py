@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import weakref
 
 import pytest
 import swap_models as sm
@@ -64,6 +65,37 @@ def test_the_model_can_be_attached_again_and_again(sim, compute_mode):
         with attached(model, device=device, budget_bytes=0, **F32) as attachment:
             assert torch.equal(sm.run(model, device), expected)
             assert len(attachment.layers) == 7
+
+
+@pytest.mark.parametrize("location", ["shared", "cpu"])
+def test_detaching_gives_back_the_ram_of_weights_that_are_in_a_file(sim, tmp_path, location):
+    model = sm.build(file=tmp_path / "model.gguf")
+    expected = sm.reference(model)
+    attachment = lib_qswap.attach(model, device=GPU, location=location, budget_bytes=0, **F32)
+    assert torch.equal(sm.run(model, GPU), expected)
+    arenas = {weakref.ref(lay.home._owner) for lay in attachment.layers if lay.home.payload is not None}
+    assert arenas
+    attachment.detach()
+    assert {arena() for arena in arenas} == {None}
+    for block in model.blocks:
+        packed = block.up.weight.detach()
+        assert packed.packed.data_ptr() == packed.source.mapped().data_ptr()
+    with attached(model, device=GPU, location=location, budget_bytes=0, **F32):
+        assert torch.equal(sm.run(model, GPU), expected)
+
+
+def test_detaching_gives_page_locks_back_without_copying_what_is_in_no_file(sim):
+    model = sm.build()
+    expected = sm.reference(model)
+    attachment = lib_qswap.attach(model, device=GPU, location="shared", budget_bytes=0, **F32)
+    assert torch.equal(sm.run(model, GPU), expected)
+    there = model.conv.weight.data_ptr()
+    assert model.conv.weight.is_pinned()
+    attachment.detach()
+    assert not model.conv.weight.is_pinned()
+    assert model.conv.weight.data_ptr() == there
+    assert attachment.state.pin_budget.used_bytes == 0
+    assert torch.equal(sm.reference(model), expected)
 
 
 def test_what_is_wrong_with_the_arguments_is_said():

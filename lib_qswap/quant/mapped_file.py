@@ -121,6 +121,10 @@ class FileSlice(NamedTuple):
         """The slice of `nbytes` bytes that begins `start` bytes into this one."""
         return FileSlice(self.file, self.offset + start, nbytes)
 
+    def mapped(self) -> Tensor:
+        """uint8 tensor that aliases the map, which takes no memory; see `MappedFile.tensor`."""
+        return self.file.tensor(self.offset, self.nbytes)
+
     def read_into(self, destination: Tensor, start: int = 0) -> None:
         """Read from the file into `destination`, straight into its memory; other threads run meanwhile.
 

@@ -85,11 +85,16 @@ class HostBuffer(mmap.mmap):
         self._pin = (device, budget, tensor.data_ptr(), tensor.numel())
         return None
 
-    def __del__(self) -> None:
-        if self._pin is not None and not sys.is_finalizing():
-            device, budget, address, nbytes = self._pin
+    def unlock(self) -> None:
+        """Makes it ordinary memory again; nothing may be reading it for a device."""
+        if self._pin is not None:
+            (device, budget, address, nbytes), self._pin = self._pin, None
             device.unregister(address)
             budget.give(nbytes)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.unlock()
 
 
 class PinnedBlock:
@@ -307,6 +312,28 @@ def use_file(layers: Sequence[Layer]) -> None:
                 assert layer.home.payload is not None
                 part.data = layer.home.payload[part.offset_bytes : part.offset_bytes + part.nbytes].clone()
         layer.home = Home(layer.parts)
+
+
+def leave_arenas(layers: Iterable[Layer]) -> list[Layer]:
+    """Takes back what `fill_arena` did: page-locks are given back, and RAM where a file has the same bytes.
+
+    Returns the layers whose masters are elsewhere now.
+    """
+    arenas: dict[int, list[Layer]] = {}
+    for layer in layers:
+        if layer.home.payload is not None:
+            arenas.setdefault(id(layer.home._owner), []).append(layer)
+    moved: list[Layer] = []
+    for inside in arenas.values():
+        owner = inside[0].home._owner
+        if isinstance(owner, HostBuffer) and not any(map(_has_file, inside)):
+            owner.unlock()  # The only copy: it stays where it is.
+            for layer in inside:
+                layer.home = Home(layer.parts, layer.home.payload, owner)
+        else:
+            use_file(inside)
+            moved += inside
+    return moved
 
 
 def _chunks(layers: Sequence[Layer]) -> list[list[Layer]]:

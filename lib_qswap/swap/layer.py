@@ -26,7 +26,8 @@ class Part:
         offset_bytes: where it starts in the payload.
         shape, dtype: logical, what the layer computes with.
         format: of a packed weight; None for a plain tensor.
-        data: the bytes as the module came with them: uint8, flat, on the CPU.
+        data: the bytes as the module came with them, or where the file is mapped: uint8, flat, on the CPU;
+            None while only the home has them.
         source: where in a file the same bytes are, if anywhere.
     """
 
@@ -48,7 +49,9 @@ class Part:
         """
         tensor = tensor.detach()
         if isinstance(tensor, PackedTensor):
-            data = tensor.packed.reshape(-1)
+            # Bytes that are in a file: a copy of them, from an earlier home, is not held on to.
+            source = tensor.source
+            data = tensor.packed.reshape(-1) if source is None else source.mapped()
             return cls(
                 name,
                 offset_bytes,
@@ -57,7 +60,7 @@ class Part:
                 tensor.dtype,
                 tensor.format,
                 data,
-                tensor.source,
+                source,
             )
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous")

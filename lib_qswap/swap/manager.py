@@ -22,6 +22,7 @@ from lib_qswap.swap.home import (
     choose_homes,
     default_pin_budget_bytes,
     fill_arena,
+    leave_arenas,
     use_file,
 )
 from lib_qswap.swap.inventory import Inventory
@@ -420,9 +421,10 @@ class Attachment:
         ledger.unregister(self)
 
     def detach(self) -> None:
-        """Gives the module back as it was: its own forwards, its parameters on the CPU (still packed).
-        Idempotent."""
+        """Gives the module back as it was: its own forwards, its parameters on the CPU (still packed), those
+        that came from a file in the file again, so that RAM and page-locks are given back. Idempotent."""
         self.release()
+        self._bind_masters(leave_arenas(self.layers))
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
