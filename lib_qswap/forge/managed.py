@@ -88,6 +88,7 @@ def attachment_for(patcher: Any) -> Attachment:
             compute_dtype=_compute_dtype(model),
             can_swap=_can_swap,
             roots=_roots(model),
+            borrows=_borrows,
         )
         _attachments[model] = attachment
         for layer in attachment.layers:
@@ -98,6 +99,8 @@ def attachment_for(patcher: Any) -> Attachment:
             embedding = reference()
             if embedding is not None:
                 _keep_on_host(embedding)
+        for borrower in attachment.inventory.borrowers:
+            _keep_borrowed(borrower)
     attachment.configure(
         location=chosen.location,
         pin_budget_bytes=chosen.pin_budget_bytes,
@@ -117,6 +120,12 @@ def _compute_dtype(model: torch.nn.Module) -> torch.dtype | None:
 
 def _can_swap(module: torch.nn.Module) -> bool:
     return hasattr(module, "parameters_manual_cast") and getattr(module, "weight", None) is not None
+
+
+def _borrows(module: torch.nn.Module) -> bool:
+    """CLIP's token embedding stands inside a wrapper for textual inversion, which has its weight as well."""
+    wrapped = module._modules.get("wrapped")
+    return isinstance(wrapped, torch.nn.Embedding) and module._parameters.get("weight") is wrapped.weight
 
 
 def _roots(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -146,15 +155,32 @@ def _keep_on_host(module: torch.nn.Embedding) -> None:
     module.__dict__["_apply"] = note_dtype
 
 
+def _keep_borrowed(reference: weakref.ref[torch.nn.Module]) -> None:
+    """A wrapper around such an embedding passes on where it is moved, and keeps the weight that it
+    borrows."""
+
+    def pass_on(function: Any, recurse: bool = True) -> torch.nn.Module:
+        borrower = reference()
+        assert borrower is not None
+        for child in borrower.children():
+            child._apply(function, recurse)
+        return borrower
+
+    wrapper = reference()
+    if wrapper is not None:
+        wrapper.__dict__["_apply"] = pass_on
+
+
 def release(attachment: Attachment, model: torch.nn.Module) -> None:
     """Gives one model back to Forge as it was made: its own flags, its parameters on the CPU, packed."""
     set_manual_cast(attachment, managed=False)
     attachment.detach()
-    for reference in attachment.gathered:
-        embedding = reference()
-        if embedding is not None:
-            embedding.__dict__.pop("_apply", None)
-            _gathered.pop(embedding, None)
+    kept: list[weakref.ref[Any]] = [*attachment.gathered, *attachment.inventory.borrowers]
+    for reference in kept:
+        module = reference()
+        if module is not None:
+            module.__dict__.pop("_apply", None)
+            _gathered.pop(module, None)
     for layer in attachment.layers:
         module = layer.module()
         if module is not None:

@@ -44,21 +44,46 @@ class Inventory:
     Attributes:
         layers: in the order of definition.
         gathered: big embeddings.
+        borrowers: modules that have the weight of a gathered embedding as well and do not compute with it.
         fixed: what is on the device as long as the model is active; a tied parameter is in it once for
             each owner.
     """
 
-    def __init__(self, model: torch.nn.Module, can_swap: Callable[[torch.nn.Module], bool]) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        can_swap: Callable[[torch.nn.Module], bool],
+        borrows: Callable[[torch.nn.Module], bool] = lambda _module: False,
+    ) -> None:
+        """Args:
+        can_swap: whether a module can be a layer.
+        borrows: whether a module has another one's parameter without computing with it.
+        """
         self.layers: list[Layer] = []
         self.gathered: list[weakref.ref[torch.nn.Embedding]] = []
+        self.borrowers: list[weakref.ref[torch.nn.Module]] = []
         self.fixed: list[Fixed] = []
         masters: dict[int, torch.Tensor] = {}  # by parameter: a tied one has one master
         owners = Counter(id(parameter) for module in model.modules() for parameter in _own(module).values())
+        users = owners - Counter(
+            id(parameter) for one in model.modules() if borrows(one) for parameter in _own(one).values()
+        )
+        on_host = {
+            id(module.weight)
+            for module in model.modules()
+            if isinstance(module, torch.nn.Embedding)
+            and can_gather(module)
+            and users[id(module.weight)] == 1
+            and packed_nbytes(module.weight) >= GATHERED_FROM_BYTES
+        }
         for name, module in model.named_modules():
             own = _own(module)
             untied = all(owners[id(parameter)] == 1 for parameter in own.values())
-            if own and untied and can_gather(module) and packed_nbytes(module.weight) >= GATHERED_FROM_BYTES:
-                self.gathered.append(weakref.ref(module))
+            if own and all(id(parameter) in on_host for parameter in own.values()):
+                if isinstance(module, torch.nn.Embedding):
+                    self.gathered.append(weakref.ref(module))
+                else:
+                    self.borrowers.append(weakref.ref(module))
             elif not (own and untied and can_swap(module) and self._add_layer(name, module)):
                 for key, parameter in own.items():
                     master = masters.setdefault(id(parameter), parameter.detach())

@@ -66,6 +66,7 @@ class Attachment:
         compute_dtype: torch.dtype | None,
         can_swap: Callable[[torch.nn.Module], bool],
         roots: Sequence[torch.nn.Module] | None,
+        borrows: Callable[[torch.nn.Module], bool] = lambda _module: False,
     ) -> None:
         self.serial = next(self._serials)
         self.name = name
@@ -86,7 +87,7 @@ class Attachment:
         self._replanned = False
         self._hooks: list[Any] = []
         self._forwards: list[tuple[weakref.ref[torch.nn.Module], Any]] = []
-        self.inventory = Inventory(module, can_swap)
+        self.inventory = Inventory(module, can_swap, borrows)
         self.layers = self.inventory.layers
         self.gathered = self.inventory.gathered
         self.roots = [weakref.ref(root) for root in (roots if roots is not None else [module])]
