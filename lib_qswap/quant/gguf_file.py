@@ -154,6 +154,10 @@ def _locate(
     if row % format.block_elements:
         raise error("shape", f"rows of {row} elements are no whole number of {format.name} blocks")
     nbytes = format.packed_bytes(elements)
+    if nbytes >= 1 << 63:
+        raise error(
+            "shape", f"{raw.dimensions[::-1]} of {format.name} are more than any file can hold: damaged file"
+        )
     offset = header.data_start + raw.offset
     if raw.offset % header.alignment:
         raise error("offset", f"{raw.offset} is not a multiple of the alignment, {header.alignment}")

@@ -67,7 +67,7 @@ def _open(path: str | os.PathLike[str]) -> Part:
 
 
 def _place(part: Part) -> tuple[int, int]:
-    """(number from 0, count) of a part, by its metadata or else by its name; (0, 1) of a file that is whole."""
+    """(number from 0, count) of a part, by its metadata or else its name; (0, 1) of a file that is whole."""
     count = _integer(part, "split.count", -1)
     number = _integer(part, "split.no", 0)
     match = _NAME.search(part.file.path)
