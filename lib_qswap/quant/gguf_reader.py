@@ -23,8 +23,8 @@ MAX_ARRAY_DEPTH = 4
 # What a header may consist of, weighed by the time that each takes: a string of an array counts 1, a nested
 # array, a metadata value or a tensor ENTRY_PIECES. The largest vocabularies have 780,000 strings, merges
 # included; a checkpoint has some 3,000 tensors.
-MAX_PIECES = 1 << 20
-ENTRY_PIECES = 64
+MAX_PIECES = 1_000_000
+ENTRY_PIECES = 80
 
 # Values of the metadata that are kept in memory: short ones, as long as all together are few. The others are
 # read when they are looked into.
