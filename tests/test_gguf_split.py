@@ -1,4 +1,4 @@
-"""Split models: the first part opens all of them. Parts that do not belong together are in attacks/splits.py."""
+"""Split models: the first part opens all of them. Parts that do not fit together are in attacks/splits.py."""
 
 import json
 import os

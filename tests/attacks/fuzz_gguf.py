@@ -25,8 +25,8 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import torch  # noqa: E402, F401 (before the instrumentation: none of its code is to be followed)
 
 with atheris.instrument_imports(include=["lib_qswap.quant.gguf", "lib_qswap.quant.mapped_file"]):
-    import lib_qswap.quant.gguf_file
-    import lib_qswap.quant.gguf_split  # noqa: F401
+    import lib_qswap.quant.gguf_file  # noqa: F401
+    from lib_qswap.quant import gguf_reader
 
 from gguf_damage import KINDS, VALID, Change, damaged, read_all_or_refuse  # noqa: E402
 
@@ -35,6 +35,12 @@ from attacks.splits import part  # noqa: E402
 
 NEXT_PART = b"||NEXT PART||"
 LARGEST_SEED_BYTES = 4096
+
+# Small, so that inputs of a few kilobytes reach what lies beyond.
+gguf_reader.MAX_HEADER_BYTES = 3000
+gguf_reader._WINDOW_BYTES = 64
+gguf_reader._KEPT_BYTES = 32
+gguf_reader._KEPT_BYTES_IN_ALL = 4096
 
 FOLDER = Path(tempfile.mkdtemp(prefix="qswap-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
 WHOLE = FOLDER / "model.gguf"
