@@ -40,21 +40,13 @@ def open_parts(path: str | os.PathLike[str]) -> list[Part]:
             f"{first.file.path}: part {number + 1} of a model split into {count} files:"
             f" open the first, {os.path.basename(paths[0])}"
         )
-    missing = [(i + 1, name) for i, name in enumerate(paths) if i and not os.path.exists(name)]
-    if missing:
-        named = ", ".join(os.path.basename(name) for _, name in missing[:_NAMED_MISSING])
-        more = f" and {len(missing) - _NAMED_MISSING} more" if len(missing) > _NAMED_MISSING else ""
-        raise GGUFError(
-            f"{first.file.path}: the model is split into {count} files, and {named}{more}"
-            f" {'is' if len(missing) == 1 else 'are'} not beside this one: download"
-            f" {'it' if len(missing) == 1 else 'them'} too"
-        )
+    _refuse_missing(first, paths)
     parts = [first, *(_open(name) for name in paths[1:])]
     for i, part in enumerate(parts):
-        if _place(part) != (i, count):
-            said = _place(part)
+        number, of = _place(part)
+        if (number, of) != (i, count):
             raise GGUFError(
-                f"{part.file.path}: split.no, split.count: part {said[0] + 1} of {said[1]}, unlike its name:"
+                f"{part.file.path}: split.no, split.count: part {number + 1} of {of}, unlike its name:"
                 " not of this model; download it again"
             )
     _check_total(parts)
@@ -100,6 +92,17 @@ def _paths(path: str, number: int, count: int) -> list[str]:
         )
     stem = path[: match.start()]
     return [f"{stem}-{i + 1:05d}-of-{count:05d}{match[3]}" for i in range(count)]
+
+
+def _refuse_missing(first: Part, paths: list[str]) -> None:
+    missing = [os.path.basename(path) for path in paths if not os.path.exists(path)]
+    if missing:
+        more = f" and {len(missing) - _NAMED_MISSING} more" if len(missing) > _NAMED_MISSING else ""
+        are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        raise GGUFError(
+            f"{first.file.path}: the model is split into {len(paths)} files, and"
+            f" {', '.join(missing[:_NAMED_MISSING])}{more} {are} not beside this one: download {them} too"
+        )
 
 
 def _check_total(parts: list[Part]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def an_empty_file() -> bytes:
     return b""
 
 
-@attack_in_folder("cannot be opened: No such file")
+@attack_in_folder(f"cannot be opened: {os.strerror(errno.ENOENT)}")
 def no_file(folder: Path) -> Path:
     return folder / FILE_NAME
 
@@ -38,7 +39,7 @@ if hasattr(os, "mkfifo"):
         (folder / FILE_NAME).symlink_to("/dev/zero")
         return folder / FILE_NAME
 
-    @attack_in_folder("cannot be opened: Too many levels of symbolic links")
+    @attack_in_folder(f"cannot be opened: {os.strerror(errno.ELOOP)}")
     def links_in_a_circle(folder: Path) -> Path:
         (folder / FILE_NAME).symlink_to("other.gguf")
         (folder / "other.gguf").symlink_to(FILE_NAME)
@@ -47,7 +48,7 @@ if hasattr(os, "mkfifo"):
 
 if hasattr(os, "geteuid") and os.geteuid() != 0:  # root may read anything
 
-    @attack_in_folder("cannot be opened: Permission denied")
+    @attack_in_folder(f"cannot be opened: {os.strerror(errno.EACCES)}")
     def a_file_of_somebody_else(folder: Path) -> Path:
         (folder / FILE_NAME).write_bytes(gguf_bytes([Tensor("a")]))
         (folder / FILE_NAME).chmod(0)
