@@ -10,10 +10,12 @@ import sys
 import pytest
 import swap_models as sm
 import torch
+from gguf_writer import Tensor, gguf_bytes
 
-from lib_qswap.quant.gguf_file import GGUFError, MappedFile
+from lib_qswap.quant.gguf_file import GGUFError, MappedFile, open_gguf
 from lib_qswap.swap import home as homes
 from lib_qswap.swap.device import device_of
+from lib_qswap.swap.execute import gather_rows
 from lib_qswap.swap.home import HostBuffer, PinBudget
 from lib_qswap.swap.manager import attach, attached
 
@@ -190,6 +192,20 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_it_and_once_it_can_al
             assert torch.equal(sm.run(model, device), expected)
 
 
+def test_rows_of_an_embedding_come_by_reads_from_its_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    packed = sm.packed_bytes("Q8_0", (500, 64), 1)
+    path.write_bytes(gguf_bytes([Tensor("embed", (500, 64), "Q8_0", packed)]))
+    weight = open_gguf(path)["embed"]
+    indices = torch.tensor([[7, 0, 499], [7, 7, 3]])
+    rows = gather_rows(weight, indices, torch.float32)
+    assert torch.equal(rows, weight.dequantize(torch.float32)[indices])
+    assert torch.equal(gather_rows(weight.clone(), indices, torch.float32), rows)
+    monkeypatch.setattr(MappedFile, "_read_once", _unreadable)
+    with pytest.raises(OSError, match=r"model\.gguf"):
+        gather_rows(weight, indices, torch.float32)
+
+
 def _unreadable(file, offset, buffer):
     """What a disk answers that was pulled out, or a network share that is gone."""
     raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -201,7 +217,8 @@ import os, sys
 from pathlib import Path
 import swap_models as sm
 import torch
-from lib_qswap.quant.gguf_file import GGUFError, MappedFile
+from gguf_writer import Tensor, gguf_bytes
+from lib_qswap.quant.gguf_file import GGUFError, MappedFile, open_gguf
 from lib_qswap.swap.manager import attached
 
 path, location = Path(sys.argv[1]), sys.argv[2]
