@@ -38,6 +38,7 @@ VALID = gguf_bytes(
     ],
     {
         "general.architecture": "flux",
+        "general.description": "Longer than what the fuzzer's reader keeps in memory.",
         "general.alignment": 32,
         "list": Value(ARRAY, [Value(ARRAY, ["x", "yz"])], ARRAY),
         "tokens": [f"t{i}" for i in range(300)],

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of opening and inspecting GGUF files, run by hand (Linux; `pip install atheris`):
 
-    python tests/attacks/fuzz_gguf.py CORPUS -runs=1000000 -max_len=4096 -timeout=1 -rss_limit_mb=1000
+    python tests/attacks/fuzz_gguf.py CORPUS -runs=1000000 -max_len=4096 -timeout=2 -rss_limit_mb=1000
 
 CORPUS is a folder: when it is new, the valid file and the attacks of this folder are put there; libFuzzer
 adds what reaches new code. An input is a file, or the two parts of a split model where it contains NEXT_PART.
