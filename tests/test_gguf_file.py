@@ -16,6 +16,7 @@ import pytest
 import torch
 from gguf_writer import (
     ARRAY,
+    F32,
     F64,
     I32,
     STRING,
@@ -156,6 +157,22 @@ def test_strings_of_a_vocabulary_that_straddle_the_reading_window_are_found(writ
     file = open_gguf(write(gguf_bytes([Tensor("a")], {"tokens": tokens})))
     assert list(file) == ["a"]
     assert list(file.metadata["tokens"]) == tokens
+
+
+def test_the_header_of_a_model_with_a_very_large_vocabulary_is_within_the_limits(write):
+    # Gemma 3 with 27 billion parameters: 262,144 tokens with scores and types, 514,906 merges, 808 tensors.
+    def strings(count):
+        return Value(ARRAY, struct.pack("<IQ", STRING, count) + (struct.pack("<Q", 9) + b"two words") * count)
+
+    metadata = {f"gemma3.key.{i}": i for i in range(50)} | {
+        "tokenizer.ggml.tokens": strings(262_144),
+        "tokenizer.ggml.scores": Value(ARRAY, struct.pack("<IQ", F32, 262_144) + bytes(4 * 262_144)),
+        "tokenizer.ggml.token_type": Value(ARRAY, struct.pack("<IQ", I32, 262_144) + bytes(4 * 262_144)),
+        "tokenizer.ggml.merges": strings(514_906),
+    }
+    file = open_gguf(write(gguf_bytes([Tensor(f"blk.{i}.weight") for i in range(808)], metadata)))
+    assert len(file) == 808
+    assert file.metadata["tokenizer.ggml.merges"][-1] == "two words"
 
 
 def test_a_token_that_is_not_utf8_is_read_with_a_replacement_character(write):
