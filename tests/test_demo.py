@@ -245,6 +245,37 @@ def test_a_file_that_changed_since_it_was_opened_is_not_computed_with(tmp_path):
     host.close()
 
 
+def test_a_file_that_shrinks_during_a_generation_ends_it_and_the_next_one_says_so_too(tmp_path):
+    path = tmp_path / "model.gguf"
+    make_demo_file(path, "Q8_0", hidden=256, double=1, single=1)
+    whole = path.read_bytes()
+    host = StandaloneHost(path, CPU, replace(TINY, location="disk", budget=Budget.parse("1")))
+    worker = Worker(host)
+    steps = []
+
+    def shrink(done: int) -> None:
+        steps.append(done)
+        os.truncate(path, 4096)
+
+    with pytest.raises((GGUFError, OSError), match=r"model\.gguf"):
+        host.generate(shrink)
+    assert steps == [1]
+    assert worker.start(host.settings)
+    worker.stop()
+    assert worker.status.text.startswith("Failed: ")
+    assert "model.gguf" in worker.status.text
+    assert not worker.status.running
+    assert host.snapshot()["models"]
+
+    path.write_bytes(whole)
+    with pytest.raises(GGUFError, match="load the model again"):
+        host.generate()
+    host.close()
+    reopened = StandaloneHost(path, CPU, TINY)
+    assert len(reopened.generate()[1].step_seconds) == TINY.steps
+    reopened.close()
+
+
 def test_a_budget_is_a_share_of_the_model_or_bytes_in_the_units_of_forge():
     assert Budget.parse("25%").of(1000) == 250
     assert Budget.parse("512MB").of(1000) == 512 << 20

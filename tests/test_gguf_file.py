@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -17,18 +16,16 @@ import pytest
 import torch
 from gguf_writer import (
     ARRAY,
+    F32,
     F64,
     I32,
     STRING,
     U8,
-    U16,
     U64,
     Tensor,
     Value,
     gguf_bytes,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from lib_qswap.quant.gguf_file import FileSlice, GGUFError, MappedFile, open_gguf
 from lib_qswap.quant.inspect import format_report, inspect_file
@@ -51,16 +48,6 @@ def write(tmp_path):
 
 def noise(nbytes, seed=0):
     return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8).tobytes()
-
-
-def error_of(path):
-    """The message of the GGUFError that opening gives, checked to be one line that names the file."""
-    with pytest.raises(GGUFError) as caught:
-        open_gguf(path)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert os.fspath(path) in message
-    return message
 
 
 # -- What is read --------------------------------------------------------------------------------------------
@@ -172,6 +159,22 @@ def test_strings_of_a_vocabulary_that_straddle_the_reading_window_are_found(writ
     assert list(file.metadata["tokens"]) == tokens
 
 
+def test_the_header_of_a_model_with_a_very_large_vocabulary_is_within_the_limits(write):
+    # Gemma 3 with 27 billion parameters: 262,144 tokens with scores and types, 514,906 merges, 808 tensors.
+    def strings(count):
+        return Value(ARRAY, struct.pack("<IQ", STRING, count) + (struct.pack("<Q", 9) + b"two words") * count)
+
+    metadata = {f"gemma3.key.{i}": i for i in range(50)} | {
+        "tokenizer.ggml.tokens": strings(262_144),
+        "tokenizer.ggml.scores": Value(ARRAY, struct.pack("<IQ", F32, 262_144) + bytes(4 * 262_144)),
+        "tokenizer.ggml.token_type": Value(ARRAY, struct.pack("<IQ", I32, 262_144) + bytes(4 * 262_144)),
+        "tokenizer.ggml.merges": strings(514_906),
+    }
+    file = open_gguf(write(gguf_bytes([Tensor(f"blk.{i}.weight") for i in range(808)], metadata)))
+    assert len(file) == 808
+    assert file.metadata["tokenizer.ggml.merges"][-1] == "two words"
+
+
 def test_a_token_that_is_not_utf8_is_read_with_a_replacement_character(write):
     raw = struct.pack("<IQ", STRING, 1) + struct.pack("<Q", 2) + b"a\xff"
     assert open_gguf(write(gguf_bytes(metadata={"t": Value(ARRAY, raw)}))).metadata["t"] == ["a\ufffd"]
@@ -225,7 +228,7 @@ def test_plain_tensors_of_a_mebibyte_alias_the_map_and_smaller_ones_are_in_ram(w
     size = 4 if type == "F32" else 2
     large, small = MIB // size, MIB // size - 1
     file = open_gguf(write(gguf_bytes([Tensor("large", (large,), type), Tensor("small", (small,), type)])))
-    map_start = file.file.tensor(0, 1).data_ptr()
+    map_start = file.files[0].tensor(0, 1).data_ptr()
     for name, is_mapped in (("large", True), ("small", False)):
         tensor = file[name]
         assert isinstance(tensor, PackedTensor)
@@ -405,202 +408,20 @@ def test_a_file_that_was_written_to_replaced_or_deleted_is_noticed(write, tmp_pa
         file.check_unchanged()
 
 
-# -- What is refused -----------------------------------------------------------------------------------------
+# -- What is refused (most of it in tests/attacks) -----------------------------------------------------------
 
 
-def test_paths_that_are_no_readable_file_are_refused_in_one_line(write, tmp_path):
-    assert "No such file" in error_of(tmp_path / "missing.gguf")
-    assert "not a regular file" in error_of(tmp_path)
-    assert "empty" in error_of(write(b""))
+def test_a_path_that_no_file_can_have_is_refused():
     with pytest.raises(GGUFError, match="cannot be opened"):
         open_gguf("a\0b")
-    if hasattr(os, "mkfifo"):
-        os.mkfifo(tmp_path / "pipe")
-        assert "not a regular file" in error_of(tmp_path / "pipe")
-    if hasattr(os, "geteuid") and os.geteuid() != 0:
-        locked = write(gguf_bytes(), "locked.gguf")
-        locked.chmod(0)
-        assert "Permission denied" in error_of(locked)
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (gguf_bytes(magic=b"PK\3\4"), "not a GGUF file"),
-        (gguf_bytes(version=1), "version 1 is not supported"),
-        (gguf_bytes(version=4), "version 4 is not supported"),
-        (gguf_bytes(tensor_count=2**60), f"{2**60} tensors"),
-        (gguf_bytes(metadata_count=2**60), f"{2**60} metadata values"),
-        (gguf_bytes(tensor_count=70_000) + bytes(1 << 22), "70000 tensors"),
-        (gguf_bytes(metadata={b"k\0": 1}), "NUL"),
-        (gguf_bytes(metadata={b"\xff": 1}), "not UTF-8"),
-        (gguf_bytes(metadata={"": 1}), "empty"),
-        (gguf_bytes(metadata=[("twice", 1), ("twice", 2)]), "twice: appears twice"),
-        (gguf_bytes(metadata={"k": struct.pack("<I", 13)}), "k: value type 13"),
-        (gguf_bytes(metadata={"k": Value(STRING, struct.pack("<Q", 2**63))}), "k: needs"),
-        (gguf_bytes(metadata={"k": Value(ARRAY, struct.pack("<IQ", U8, 2**63))}), f"k ({2**63} items)"),
-        (gguf_bytes(metadata={"k": Value(ARRAY, struct.pack("<IQ", STRING, 2**61))}), f"k ({2**61} items)"),
-        (gguf_bytes(metadata={"k": Value(ARRAY, struct.pack("<IQ", 13, 1))}), "item type 13"),
-        (gguf_bytes(metadata={"k": Value(ARRAY, struct.pack("<IQ", ARRAY, 1) * 9)}), "nested"),
-        (gguf_bytes(metadata={"k": Value(ARRAY, struct.pack("<IQ", ARRAY, 2**60))}), f"k ({2**60} items)"),
-        (gguf_bytes(metadata={"general.alignment": Value(U16, 32)}), "general.alignment: must be a u32"),
-        (gguf_bytes(metadata={"general.alignment": "32"}), "general.alignment: must be a u32"),
-        (gguf_bytes(metadata={"general.alignment": 48}), "general.alignment: 48 is not a power of two"),
-        (gguf_bytes(metadata={"general.alignment": 0}), "general.alignment: 0 is not a power of two"),
-        (gguf_bytes(metadata={"split.count": "x"}), "split.count"),
-    ],
-)
-def test_a_header_that_cannot_be_is_refused_with_the_field(write, content, says):
-    assert says in error_of(write(content))
-
-
-@pytest.mark.parametrize(
-    ("tensors", "says"),
-    [
-        ([Tensor("a"), Tensor("a")], "tensor a: appears twice"),
-        ([Tensor("")], "name of tensor 0"),
-        ([Tensor(b"a\0b")], "name of tensor 0"),
-        ([Tensor("a\nb")], "name of tensor 0"),
-        ([Tensor(b"\xc3(")], "name of tensor 0"),
-        ([Tensor("n" * 2000)], "name of tensor 0"),
-        ([Tensor("a", (1,) * 9, "F32")], "tensor a (dimension count): 9"),
-        ([Tensor("a", (4, 0), "F32")], "tensor a (dimensions)"),
-        ([Tensor("a", type=99)], "tensor a (type): type id 99 is unknown"),
-        ([Tensor("a", type=4)], "tensor a (type): type id 4 is unknown"),
-        ([Tensor("a", (2, 255), "Q4_K", bytes(288))], "tensor a (shape): rows of 255"),
-        ([Tensor("a", (2**32, 2**32), "F32", b"")], "tensor a (offset)"),
-        ([Tensor("a", (2**63, 2**63, 2**63), "I8", b"")], "tensor a (offset)"),
-        ([Tensor("a", (2, 256), "Q4_K", bytes(287))], "tensor a (offset)"),
-        ([Tensor("a", offset=2**64 - 32)], "tensor a (offset)"),
-        ([Tensor("a", offset=16)], "tensor a (offset): 16 is not a multiple of the alignment, 32"),
-        ([Tensor("a"), Tensor("b", offset=32)], "tensor b (offset): begins inside of tensor a"),
-        ([Tensor("a"), Tensor("b", offset=0)], "begins inside of tensor"),
-    ],
-)
-def test_a_tensor_that_cannot_be_is_refused_with_its_name_and_field(write, tensors, says):
-    assert says in error_of(write(gguf_bytes(tensors)))
-
-
-def test_an_unknown_type_says_what_to_do(write):
-    assert "update QSwap" in error_of(write(gguf_bytes([Tensor("a", type=99)])))
-
-
-def test_a_big_endian_file_says_how_to_convert_it(write):
-    message = error_of(write(gguf_bytes([Tensor("a")], {"general.name": "big"}, byte_order=">")))
-    assert "tensor a" in message
-    assert "big-endian" in message
-    assert "convert" in message
-
-
-def test_the_metadata_of_a_big_endian_file_without_tensors_is_read(write):
-    file = open_gguf(write(gguf_bytes(metadata={"general.name": "big", "n": 7}, byte_order=">")))
-    assert file.metadata == {"general.name": "big", "n": 7}
-
-
-def test_a_part_of_a_split_model_says_how_to_join_it(write):
-    split = {"split.count": Value(U16, 3), "split.no": Value(U16, 0)}
-    assert "part 1 of a model split into 3" in error_of(write(gguf_bytes([Tensor("a")], split)))
-    by_name = write(gguf_bytes([Tensor("a")]), "model-00002-of-00003.gguf")
-    message = error_of(by_name)
-    assert "part 2 of a model split into 3" in message
-    assert "llama-gguf-split --merge" in message
-    single = {"split.count": Value(U16, 1), "split.no": Value(U16, 0)}
-    assert len(open_gguf(write(gguf_bytes([Tensor("a")], single), "model-00001-of-00001.gguf"))) == 1
-
-
-def test_hostile_arrays_cost_bounded_time(write):
-    # 80 MB of empty strings: a loop over them would take seconds.
-    count = 10_000_000
-    content = gguf_bytes(metadata={"k": Value(ARRAY, struct.pack("<IQ", STRING, count) + bytes(8 * count))})
-    path = write(content)
-    start = time.perf_counter()
-    assert "array items" in error_of(path)
-    assert time.perf_counter() - start < 1
-
-
-def test_a_header_that_never_ends_is_refused(tmp_path):
-    path = tmp_path / "endless.gguf"
-    path.write_bytes(gguf_bytes(metadata={"k": Value(STRING, struct.pack("<Q", 1 << 30))}))
-    os.truncate(path, 2 << 30)
-    assert "the header exceeds" in error_of(path)
-
-
-# -- Any damage at all ---------------------------------------------------------------------------------------
-
-VALID = gguf_bytes(
-    [
-        Tensor("a.weight", (4, 256), "Q4_K", noise(576)),
-        Tensor("b.weight", (2, 3, 32), "Q8_0", noise(204)),
-        Tensor("norm", (16,), "F32", noise(64)),
-    ],
-    {
-        "general.architecture": "flux",
-        "general.alignment": 32,
-        "list": Value(ARRAY, [Value(ARRAY, ["x", "yz"])], ARRAY),
-        "tokens": [f"t{i}" for i in range(300)],
-        "comfy.gguf.orig_shape.b.weight": Value(ARRAY, [6, 32], I32),
-    },
-)
-HEADER_BYTES = len(VALID) - 576 - 224 - 64
-
-
-def opens_or_is_refused(path):
-    """Everything that reading a file can do; only a GGUFError on opening may stop it."""
-    try:
-        file = open_gguf(path)
-    except GGUFError as refusal:
-        message = str(refusal)
-    else:
-        message = None
-        for value in file.metadata.values():
-            if isinstance(value, Sequence):
-                list(value)
-        for name, tensor in file.items():
-            assert tensor.packed.nbytes == tensor.source.nbytes
-            assert tensor.source.offset + tensor.source.nbytes <= os.path.getsize(path), name
-            tensor.packed.sum()
-        format_report(inspect_file(path))
-    if message is not None:
-        assert os.fspath(path) in message
-        assert "\n" not in message
-
-
-def test_every_truncation_of_a_file_is_refused(write):
-    lengths = {*range(1, len(VALID), 17), *range(HEADER_BYTES - 100, HEADER_BYTES), len(VALID) - 1}
-    for length in lengths:
-        with pytest.raises(GGUFError):
-            open_gguf(write(VALID[:length]))
-    assert len(open_gguf(write(VALID))) == 3
-
-
-fuzz = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@fuzz
-@given(st.lists(st.tuples(st.integers(0, HEADER_BYTES - 1), st.integers(0, 255)), min_size=1, max_size=6))
-def test_wrong_bytes_give_a_gguf_error_or_a_file_that_can_be_read(tmp_path, changes):
-    content = bytearray(VALID)
-    for position, byte in changes:
-        content[position] = byte
-    path = tmp_path / "damaged.gguf"
-    path.write_bytes(content)
-    opens_or_is_refused(path)
-
-
-@fuzz
-@given(
-    st.integers(0, HEADER_BYTES - 8),
-    st.sampled_from([0, 1, 255, 2**31 - 1, 2**31, 2**32 - 1, 2**48, 2**60, 2**63 - 1, 2**63, 2**64 - 1]),
-    st.integers(0, len(VALID)),
-)
-def test_wrong_numbers_and_lengths_give_a_gguf_error_or_a_file_that_can_be_read(
-    tmp_path, position, number, cut
-):
-    content = bytearray(VALID)
-    content[position : position + 8] = struct.pack("<Q", number)
-    path = tmp_path / "damaged.gguf"
-    path.write_bytes(content[: len(content) - cut % 97] if cut % 3 == 0 else content)
-    opens_or_is_refused(path)
+def test_a_long_text_is_read_when_it_is_asked_for(write):
+    text = "é" * 100_000
+    value = open_gguf(write(gguf_bytes(metadata={"tokenizer.json": text}))).metadata["tokenizer.json"]
+    assert not isinstance(value, str)
+    assert repr(value) == "<text of 200000 bytes>"
+    assert str(value) == text
 
 
 # -- The report ----------------------------------------------------------------------------------------------

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
+import sys
 
 import pytest
 import swap_models as sm
 import torch
+from gguf_writer import Tensor, gguf_bytes
 
-from lib_qswap.quant.gguf_file import GGUFError
+from lib_qswap.quant.gguf_file import GGUFError, MappedFile, open_gguf
 from lib_qswap.swap import home as homes
 from lib_qswap.swap.device import device_of
+from lib_qswap.swap.execute import gather_rows
 from lib_qswap.swap.home import HostBuffer, PinBudget
 from lib_qswap.swap.manager import attach, attached
 
@@ -168,6 +173,92 @@ def test_a_file_that_shrank_is_an_error_that_names_it_and_once_restored_all_is_w
         for _ in range(2):
             assert torch.equal(sm.run(model, device), expected)
         assert attachment.state.copier.staged
+
+
+@pytest.mark.parametrize("device", [GPU, "cpu"])
+def test_a_file_that_cannot_be_read_is_an_error_that_names_it_and_once_it_can_all_is_well(
+    sim, tmp_path, monkeypatch, device
+):
+    model = sm.build(file=tmp_path / "model.gguf")
+    expected = sm.reference(model)
+    with attached(model, device=device, location="disk", budget_bytes=0, **F32):
+        assert torch.equal(sm.run(model, device), expected)
+        with monkeypatch.context() as broken:
+            broken.setattr(MappedFile, "_read_once", _unreadable)
+            for _ in range(2):
+                with pytest.raises(OSError, match=rf"{os.strerror(errno.EIO)}.*model\.gguf"):
+                    sm.run(model, device)
+        for _ in range(2):
+            assert torch.equal(sm.run(model, device), expected)
+
+
+def test_rows_of_an_embedding_come_by_reads_from_its_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    packed = sm.packed_bytes("Q8_0", (500, 64), 1)
+    path.write_bytes(gguf_bytes([Tensor("embed", (500, 64), "Q8_0", packed)]))
+    weight = open_gguf(path)["embed"]
+    indices = torch.tensor([[7, 0, 499], [7, 7, 3]])
+    rows = gather_rows(weight, indices, torch.float32)
+    assert torch.equal(rows, weight.dequantize(torch.float32)[indices])
+    assert torch.equal(gather_rows(weight.clone(), indices, torch.float32), rows)
+    monkeypatch.setattr(MappedFile, "_read_once", _unreadable)
+    with pytest.raises(OSError, match=r"model\.gguf"):
+        gather_rows(weight, indices, torch.float32)
+
+
+def _unreadable(file, offset, buffer):
+    """What a disk answers that was pulled out, or a network share that is gone."""
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+# In a process of its own: a read through the map would end it.
+SHRINKING = """
+import os, sys
+from pathlib import Path
+import swap_models as sm
+import torch
+from gguf_writer import Tensor, gguf_bytes
+from lib_qswap.quant.gguf_file import GGUFError, MappedFile, open_gguf
+from lib_qswap.swap.manager import attached
+
+path, location = Path(sys.argv[1]), sys.argv[2]
+model = sm.build(file=path)
+expected = sm.reference(model)
+whole = path.read_bytes()
+with attached(model, device="cpu", location=location, budget_bytes=0, compute_dtype=torch.float32):
+    assert torch.equal(sm.run(model, "cpu"), expected)
+    hook = model.blocks[1].register_forward_pre_hook(lambda *_: os.truncate(path, 0))
+    for attempt in range(2):
+        try:
+            assert torch.equal(sm.run(model, "cpu"), expected)
+            print("ran")
+        except (GGUFError, OSError) as error:
+            assert str(path) in str(error)
+            print("refused")
+    hook.remove()
+    path.write_bytes(whole)
+    for _ in range(2):
+        assert torch.equal(sm.run(model, "cpu"), expected)
+"""
+
+
+@pytest.mark.parametrize("location", sm.LOCATIONS)
+def test_a_file_that_shrinks_to_nothing_during_a_forward_does_not_end_the_process(tmp_path, location):
+    tests = os.path.dirname(__file__)
+    paths = os.pathsep.join([tests, os.path.dirname(tests), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-c", SHRINKING, os.fspath(tmp_path / "model.gguf"), location],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 0, f"{result.returncode}: {result.stderr}"
+    outcomes = result.stdout.split()
+    assert len(outcomes) == 2
+    if location == "disk":
+        assert outcomes == ["refused"] * 2
 
 
 def test_a_file_that_shrank_before_the_model_is_attached_leaves_the_model_as_it_was(sim, tmp_path):

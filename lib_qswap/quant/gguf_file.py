@@ -1,8 +1,8 @@
 """A .gguf file as a mapping of packed weights: validated, mapped, not copied.
 
-`open_gguf` reads the header only. Each tensor is built when it is asked for, and aliases the map; plain
-tensors (F32, F16, BF16 ...) under 1 MiB, the norms and biases that hosts read most, have their bytes copied
-into RAM.
+`open_gguf` reads nothing but the header, or those of all parts of a split model. Each tensor is built when it
+is asked for, and aliases the map; plain tensors (F32, F16, BF16 ...) under 1 MiB, the norms and biases that
+hosts read most, have their bytes copied into RAM.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .formats import Format, by_ggml_id
-from .gguf_header import MAX_DIMENSIONS, Header, RawTensor, read_header
+from .gguf_header import MAX_DIMENSIONS, Header, RawTensor
+from .gguf_split import Part, open_parts
 from .mapped_file import FileSlice, GGUFError, MappedFile
 from .packed import PackedTensor
 
@@ -29,45 +29,48 @@ COPIED_BELOW_BYTES = 1 << 20
 
 # Where converters that fold a tensor (rows shorter than a block, five dimensions) keep its shape.
 _ORIGINAL_SHAPE_KEY = "comfy.gguf.orig_shape."
-_SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor is: shape in torch's order (rows first), offset in bytes from the start of the file."""
+    """Where a tensor is: shape in torch's order (rows first), offset in bytes from the start of the file,
+    which is `GGUFFile.files[part]`."""
 
     name: str
     format: Format
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    part: int = 0
 
 
 class GGUFFile(Mapping[str, PackedTensor]):
-    """The tensors of a GGUF file by name, in the order of the file.
+    """The tensors of a GGUF file by name, in the order of the file; of all parts where the model is split.
 
     Attributes:
-        path, version: of the file.
-        metadata: plain Python values; a long array is a sequence that is decoded when it is looked into.
-        tensors: what the header says of each tensor.
-        file: the map, for `check_unchanged`.
+        path, version, metadata: of the file, or of the first part. Metadata are plain Python values, but for
+            long ones: an array is a sequence that is decoded when it is looked into, a text comes by `str()`.
+        tensors: what the headers say of each tensor.
+        files: the maps, one for each part. alignments: of the tensors in each, bytes.
 
     Quantized tensors have the logical dtype fp16, plain ones their own; `.to(dtype)` gives another.
     """
 
-    def __init__(self, file: MappedFile, header: Header) -> None:
-        self.file = file
-        self.path = file.path
-        self.version = header.version
-        self.metadata: dict[str, Any] = header.metadata
-        self.tensors = _located(file, header)
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.files = tuple(part.file for part in parts)
+        self.alignments = tuple(part.header.alignment for part in parts)
+        self.path = parts[0].file.path
+        self.version = parts[0].header.version
+        self.metadata: dict[str, Any] = parts[0].header.metadata
+        self.tensors = _located(parts)
         self._by_name = {info.name: info for info in self.tensors}
 
     def __getitem__(self, name: str) -> PackedTensor:
         info = self._by_name[name]
-        source = FileSlice(self.file, info.offset, info.nbytes)
+        file = self.files[info.part]
+        source = FileSlice(file, info.offset, info.nbytes)
         # Tensors made in inference mode could not be used outside it.
         with torch.inference_mode(False):
-            packed = _copied(source) if _is_copied(info) else self.file.tensor(info.offset, info.nbytes)
+            packed = _copied(source) if _is_copied(info) else file.tensor(info.offset, info.nbytes)
             return PackedTensor(packed, info.format, info.shape, info.format.dtype or torch.float16, source)
 
     def __iter__(self) -> Iterator[str]:
@@ -76,20 +79,23 @@ class GGUFFile(Mapping[str, PackedTensor]):
     def __len__(self) -> int:
         return len(self._by_name)
 
+    def check_unchanged(self) -> None:
+        """GGUFError when one of the files is no longer the one that was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
     def __repr__(self) -> str:
         return f"GGUFFile({self.path!r}, {len(self)} tensors)"
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
-    """Open a GGUF file of version 2 or 3; nothing but its header is read.
+    """Open a GGUF file of version 2 or 3, or the first part of a split one; nothing but headers is read.
 
     Raises GGUFError, in one line that names the file and the tensor or field, when the file cannot be opened,
-    is damaged, is one part of a split model, is big-endian, or has tensors of an unknown type.
+    is damaged, is a later part of a split model or lacks one, is big-endian, or has tensors of an unknown
+    type.
     """
-    file = MappedFile(path)
-    header = read_header(file)
-    _refuse_split(file, header)
-    return GGUFFile(file, header)
+    return GGUFFile(open_parts(path))
 
 
 def _is_copied(info: TensorInfo) -> bool:
@@ -102,36 +108,32 @@ def _copied(source: FileSlice) -> Tensor:
     return packed
 
 
-def _refuse_split(file: MappedFile, header: Header) -> None:
-    count = header.metadata.get("split.count", 1)
-    number = header.metadata.get("split.no", 0)
-    if not isinstance(count, int) or not isinstance(number, int):
-        raise GGUFError(f"{file.path}: split.count, split.no: must be integers, not {count!r}, {number!r}")
-    part, parts = number + 1, count
-    match = _SPLIT_NAME.search(file.path)
-    if match and parts <= 1:
-        part, parts = int(match[1]), int(match[2])
-    if parts > 1:
-        raise GGUFError(
-            f"{file.path}: part {part} of a model split into {parts} files: join them first"
-            " (llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf) and open the whole"
-        )
+def _located(parts: Sequence[Part]) -> tuple[TensorInfo, ...]:
+    """The tensors with type, shape and place checked; GGUFError for the first that fails."""
+    metadata = parts[0].header.metadata
+    found: dict[str, TensorInfo] = {}
+    for index, (file, header) in enumerate(parts):
+        tensors = [_locate(file, header, raw, metadata, index) for raw in header.tensors]
+        by_place = sorted(tensors, key=lambda info: info.offset)
+        for before, after in itertools.pairwise(by_place):
+            if before.offset + before.nbytes > after.offset:
+                raise GGUFError(
+                    f"{file.path}: tensor {after.name} (offset): begins inside of tensor {before.name}:"
+                    " damaged; download it again"
+                )
+        for info in tensors:
+            if info.name in found:
+                raise GGUFError(
+                    f"{file.path}: tensor {info.name}: part {found[info.name].part + 1} of the model has one"
+                    " of the same name: damaged, or parts of different models; download them again"
+                )
+            found[info.name] = info
+    return tuple(found.values())
 
 
-def _located(file: MappedFile, header: Header) -> tuple[TensorInfo, ...]:
-    """The tensors with type, shape and place checked against the file; GGUFError for the first that fails."""
-    tensors = tuple(_locate(file, header, raw) for raw in header.tensors)
-    by_place = sorted(tensors, key=lambda info: info.offset)
-    for before, after in itertools.pairwise(by_place):
-        if before.offset + before.nbytes > after.offset:
-            raise GGUFError(
-                f"{file.path}: tensor {after.name} (offset): begins inside of tensor {before.name}:"
-                " damaged; download it again"
-            )
-    return tensors
-
-
-def _locate(file: MappedFile, header: Header, raw: RawTensor) -> TensorInfo:
+def _locate(
+    file: MappedFile, header: Header, raw: RawTensor, metadata: Mapping[str, Any], part: int
+) -> TensorInfo:
     def error(field: str, message: str) -> GGUFError:
         return GGUFError(f"{file.path}: tensor {raw.name} ({field}): {message}")
 
@@ -152,6 +154,10 @@ def _locate(file: MappedFile, header: Header, raw: RawTensor) -> TensorInfo:
     if row % format.block_elements:
         raise error("shape", f"rows of {row} elements are no whole number of {format.name} blocks")
     nbytes = format.packed_bytes(elements)
+    if nbytes >= 1 << 63:
+        raise error(
+            "shape", f"{raw.dimensions[::-1]} of {format.name} are more than any file can hold: damaged file"
+        )
     offset = header.data_start + raw.offset
     if raw.offset % header.alignment:
         raise error("offset", f"{raw.offset} is not a multiple of the alignment, {header.alignment}")
@@ -161,14 +167,14 @@ def _locate(file: MappedFile, header: Header, raw: RawTensor) -> TensorInfo:
             f"{format.name} of shape {raw.dimensions[::-1]} ends at byte {offset + nbytes},"
             f" the file has {file.size}: truncated or damaged; download it again",
         )
-    return TensorInfo(raw.name, format, _shape(header, raw, elements), offset, nbytes)
+    return TensorInfo(raw.name, format, _shape(metadata, raw, elements), offset, nbytes, part)
 
 
-def _shape(header: Header, raw: RawTensor, elements: int) -> tuple[int, ...]:
+def _shape(metadata: Mapping[str, Any], raw: RawTensor, elements: int) -> tuple[int, ...]:
     """The logical shape, rows first: the one that the converter noted where it holds as many elements."""
-    noted = header.metadata.get(_ORIGINAL_SHAPE_KEY + raw.name)
+    noted = metadata.get(_ORIGINAL_SHAPE_KEY + raw.name)
     if (
-        isinstance(noted, list)
+        isinstance(noted, Sequence)
         and len(noted) <= MAX_DIMENSIONS
         and all(type(size) is int and size > 0 for size in noted)
         and math.prod(noted) == elements

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from .gguf_file import GGUFFile, TensorInfo, open_gguf
-from .gguf_header import DEFAULT_ALIGNMENT
 
 _VALUE_CHARACTERS = 200
 
@@ -23,18 +22,20 @@ _LINE_CHARACTERS = 100
 def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What is in a GGUF file, as plain data for JSON.
 
-    Keys: `path`, `file_bytes`, `version`; `metadata` (the short values), `metadata_count` (of all);
+    Keys: `path`, `version`; `files` (`path`, `bytes`; one, or each part of a split model), `file_bytes` (of
+    all); `metadata` (the short values), `metadata_count` (of all);
     `tensor_count`, `parameters` (elements of all tensors), `packed_bytes` (of all tensors); `types` (for each
     GGML type `type`, `tensors`, `parameters`, `bytes`; most bytes first); `tensors` (in the order of the file
-    `name`, `type`, `shape` with rows first, `bytes`, `offset`); `problems` (sentences).
+    `name`, `type`, `shape` with rows first, `bytes`, `offset`, `part` from 1); `problems` (sentences).
 
     Raises GGUFError for a file that cannot be opened at all.
     """
     file = open_gguf(path)
     return {
         "path": file.path,
-        "file_bytes": file.file.size,
         "version": file.version,
+        "files": [{"path": part.path, "bytes": part.size} for part in file.files],
+        "file_bytes": sum(part.size for part in file.files),
         "metadata": {key: _plain(value) for key, value in file.metadata.items() if _is_short(value)},
         "metadata_count": len(file.metadata),
         "tensor_count": len(file.tensors),
@@ -48,6 +49,7 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
                 "shape": list(info.shape),
                 "bytes": info.nbytes,
                 "offset": info.offset,
+                "part": info.part + 1,
             }
             for info in file.tensors
         ],
@@ -106,21 +108,22 @@ def _problems(file: GGUFFile) -> Iterator[str]:
 
 def _unused_bytes(file: GGUFFile) -> int:
     """Bytes between and after the tensors, but for the padding that each is entitled to."""
-    alignment = file.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    by_place = sorted(file.tensors, key=lambda info: info.offset)
-    starts = [info.offset for info in by_place[1:]] + [file.file.size]
-    gaps = (
-        start - (info.offset + info.nbytes + alignment - 1) // alignment * alignment
-        for info, start in zip(by_place, starts, strict=True)
-    )
-    return sum(gap for gap in gaps if gap > 0)
+    unused = 0
+    for index, (part, alignment) in enumerate(zip(file.files, file.alignments, strict=True)):
+        by_place = sorted((info for info in file.tensors if info.part == index), key=lambda info: info.offset)
+        starts = [info.offset for info in by_place[1:]] + [part.size]
+        for info, start in zip(by_place, starts, strict=False):
+            end = -(-(info.offset + info.nbytes) // alignment) * alignment
+            unused += max(0, start - end)
+    return unused
 
 
 def format_report(report: dict[str, Any]) -> str:
     """The report of `inspect_file` for one screen of a terminal."""
+    files = f"{len(report['files'])} files, " if len(report["files"]) > 1 else ""
     lines = [
         report["path"],
-        f"  GGUF version {report['version']}, {_size(report['file_bytes'])},"
+        f"  GGUF version {report['version']}, {files}{_size(report['file_bytes'])},"
         f" {report['tensor_count']} tensors, {_count(report['parameters'])} parameters",
         "",
     ]

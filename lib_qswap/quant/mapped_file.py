@@ -150,7 +150,10 @@ class FileSlice(NamedTuple):
                 f"bytes {start} to {start + nbytes} are not within this slice of {self.nbytes} bytes"
             )
         memory: Any = destination.view(-1).numpy()
-        done = self.file.read_at(self.offset + start, memoryview(memory))
+        try:
+            done = self.file.read_at(self.offset + start, memoryview(memory))
+        except OSError as error:  # of a descriptor: it does not name the file
+            raise OSError(error.errno, error.strerror, self.file.path) from error
         if done < nbytes:
             end = self.offset + start + done
             raise GGUFError(

@@ -154,7 +154,7 @@ class StandaloneHost:
             FloatingPointError: the latent is not finite or is constant.
         """
         with self._lock:
-            self._file.file.check_unchanged()
+            self._file.check_unchanged()
             settings, attachment = self.settings, self._attachment
             if not attachment.active:
                 attachment.rebalance(self._budget_bytes())

@@ -94,15 +94,30 @@ def gather_rows(weight: torch.Tensor, indices: torch.Tensor, dtype: torch.dtype)
 
     Only the rows asked for are read, unpacked and copied: a text encoder's embedding has 32,128 of them and a
     prompt needs 256.
+
+    Raises:
+        OSError, GGUFError: the file of the master can no longer be read.
     """
     wanted = indices.reshape(-1).cpu()
     if isinstance(weight, PackedTensor):
-        packed = weight.packed.view(weight.shape[0], -1)[wanted]
+        packed = _packed_rows(weight, wanted)
         rows = PackedTensor(packed, weight.format, torch.Size((wanted.numel(), weight.shape[1])), dtype=dtype)
         gathered = rows.dequantize(dtype)
     else:
         gathered = weight.as_subclass(torch.Tensor)[wanted].to(dtype)
     return gathered.to(indices.device).view(*indices.shape, weight.shape[1])
+
+
+def _packed_rows(weight: PackedTensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The packed bytes of some rows. A file is read, not its map: it may have shrunk since it was opened."""
+    if weight.source is None:
+        return weight.packed.view(weight.shape[0], -1)[wanted]
+    row_bytes = weight.packed_nbytes // weight.shape[0]
+    different, places = wanted.unique(return_inverse=True)
+    rows = torch.empty((different.numel(), row_bytes), dtype=torch.uint8)
+    for i, row in enumerate(different.tolist()):
+        weight.source.read_into(rows[i], row * row_bytes)
+    return rows[places]
 
 
 class Forward:

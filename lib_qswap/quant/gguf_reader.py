@@ -1,0 +1,244 @@
+"""Reading GGUF's numbers, strings and arrays from a file, none of which is believed.
+
+A string is a u64 length and UTF-8 bytes; an array is an item type (u32), a count (u64) and the items. Each
+length and count is compared with what is left of the file before anything is allocated or looped over. Limits
+far above any real model's bound what a hostile file can take: 0.1 s and 50 MB for a whole header.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from .mapped_file import GGUFError, MappedFile
+
+# Value types of metadata: struct codes by type number; 8 is a string, 9 an array.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY, UINT32 = 8, 9, 4
+
+MAX_HEADER_BYTES = 256 << 20
+MAX_ARRAY_DEPTH = 4
+
+# What a header may consist of, weighed by the time that each takes: a string of an array counts 1, a nested
+# array, a metadata value or a tensor ENTRY_PIECES. The largest vocabularies have 780,000 strings, merges
+# included; a checkpoint has some 3,000 tensors.
+MAX_PIECES = 1_000_000
+ENTRY_PIECES = 80
+
+# Values of the metadata that are kept in memory: short ones, as long as all together are few. The others are
+# read when they are looked into.
+_KEPT_ITEMS = 256
+_KEPT_BYTES = 1 << 16
+_KEPT_BYTES_IN_ALL = 4 << 20
+_BYTES_PER_KEPT_ITEM = 256  # counted for each item of an array beside its bytes in the file
+
+_WINDOW_BYTES = 1 << 18
+
+
+class MetadataArray(Sequence):
+    """A long array of the metadata (a tokenizer's vocabulary), decoded when it is first looked into."""
+
+    __slots__ = ("_count", "_item_type", "_items", "_place")
+
+    def __init__(
+        self, file: MappedFile, byte_order: str, key: str, item_type: int, count: int, offset: int
+    ) -> None:
+        self._place = (file, byte_order, key, offset)
+        self._item_type = item_type
+        self._count = count
+        self._items: list[Any] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if self._items is None:
+            file, byte_order, key, offset = self._place
+            self._items = Reader(file, byte_order, offset).items(key, self._item_type, self._count)
+        return self._items[index]
+
+    def __repr__(self) -> str:
+        return f"<array of {self._count}>"
+
+
+class MetadataText:
+    """A long string of the metadata (a tokenizer's JSON), read each time that `str()` asks for it."""
+
+    __slots__ = ("_nbytes", "_place")
+
+    def __init__(self, file: MappedFile, key: str, offset: int, nbytes: int) -> None:
+        self._place = (file, key, offset)
+        self._nbytes = nbytes
+
+    def __str__(self) -> str:
+        file, key, offset = self._place
+        return Reader(file, position=offset).take(self._nbytes, key).decode(errors="replace")
+
+    def __repr__(self) -> str:
+        return f"<text of {self._nbytes} bytes>"
+
+
+class Reader:
+    """A position in the file, and a window of its bytes. `field` is what errors call the bytes read."""
+
+    def __init__(self, file: MappedFile, byte_order: str = "<", position: int = 0) -> None:
+        self.file = file
+        self.byte_order = byte_order
+        self.position = position
+        self._end = min(file.size, MAX_HEADER_BYTES)
+        self._numbers = {code: struct.Struct(byte_order + code) for code in "BbHhIif?Qqd"}
+        self._pieces = 0
+        self._kept_bytes = 0
+        self._window = b""
+        self._window_start = 0
+
+    def error(self, message: str) -> GGUFError:
+        return GGUFError(f"{self.file.path}: {message}")
+
+    def need(self, nbytes: int, field: str) -> None:
+        """GGUFError unless `nbytes` more bytes are there to be the header's."""
+        if self.position + nbytes <= self._end:
+            return
+        if self.position + nbytes <= self.file.size:
+            raise self.error(
+                f"{field}: the header exceeds {MAX_HEADER_BYTES >> 20} MiB: damaged; download it again"
+            )
+        raise self.error(
+            f"{field}: needs {nbytes} bytes at {self.position}, the file has {self.file.size}:"
+            " truncated or damaged; download it again"
+        )
+
+    def spend(self, pieces: int, field: str) -> None:
+        """GGUFError when the header consists of more than any real one."""
+        self._pieces += pieces
+        if self._pieces > MAX_PIECES:
+            raise self.error(f"{field}: more entries than any model's header has: damaged; download it again")
+
+    def _bytes_at(self, nbytes: int, field: str) -> int:
+        """Position of the next `nbytes` bytes in the window."""
+        start = self.position - self._window_start
+        if start < 0 or start + nbytes > len(self._window):
+            self.need(nbytes, field)
+            window = bytearray(min(max(nbytes, _WINDOW_BYTES), self._end - self.position))
+            try:
+                count = self.file.read_at(self.position, memoryview(window))
+            except OSError as error:
+                raise self.error(f"{field}: cannot be read: {error.strerror or error}") from error
+            if count < nbytes:
+                raise self.error(f"{field}: the file ended while it was read")
+            self._window, self._window_start, start = bytes(window[:count]), self.position, 0
+        return start
+
+    def take(self, nbytes: int, field: str) -> bytes:
+        start = self._bytes_at(nbytes, field)
+        self.position += nbytes
+        return self._window[start : start + nbytes]
+
+    def skip(self, nbytes: int, field: str) -> None:
+        self.need(nbytes, field)
+        self.position += nbytes
+
+    def number(self, code: str, field: str) -> Any:
+        layout = self._numbers[code]
+        start = self._bytes_at(layout.size, field)
+        self.position += layout.size
+        return layout.unpack_from(self._window, start)[0]
+
+    def numbers(self, code: str, count: int, field: str) -> tuple[Any, ...]:
+        layout = f"{self.byte_order}{count}{code}"
+        size = struct.calcsize(layout)
+        start = self._bytes_at(size, field)
+        self.position += size
+        return struct.unpack_from(layout, self._window, start)
+
+    def name(self, field: str, max_bytes: int) -> str:
+        """A string that something is called by: UTF-8, printable, not empty."""
+        length = self.number("Q", field)
+        if length > max_bytes:
+            raise self.error(f"{field}: {length} bytes long, at most {max_bytes} make sense: damaged file")
+        raw = self.take(length, field)
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as error:
+            raise self.error(f"{field}: {raw[:40]!r} is not UTF-8") from error
+        if not text or not text.isprintable():
+            raise self.error(f"{field}: {text[:40]!r} is empty or contains NUL or other control characters")
+        return text
+
+    def value(self, field: str, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind], field)
+        if kind == STRING:
+            return self._text(field)
+        if kind == ARRAY:
+            return self._array(field, depth=1)
+        raise self.error(f"{field}: value type {kind} is not one of GGUF's (0 to 12)")
+
+    def _text(self, field: str) -> str | MetadataText:
+        length = self.number("Q", f"{field} (length)")
+        if self._keeps(length):
+            return self.take(length, field).decode(errors="replace")
+        text = MetadataText(self.file, field, self.position, length)
+        self.skip(length, field)
+        return text
+
+    def _keeps(self, nbytes: int, items: int = 0) -> bool:
+        cost = nbytes + items * _BYTES_PER_KEPT_ITEM
+        if nbytes > _KEPT_BYTES or items > _KEPT_ITEMS or self._kept_bytes + cost > _KEPT_BYTES_IN_ALL:
+            return False
+        self._kept_bytes += cost
+        return True
+
+    def _array(self, field: str, depth: int) -> Any:
+        if depth > MAX_ARRAY_DEPTH:
+            raise self.error(f"{field}: arrays nested more than {MAX_ARRAY_DEPTH} deep")
+        item_type = self.number("I", f"{field} (item type)")
+        count = self.number("Q", f"{field} (item count)")
+        items = f"{field} ({count} items)"
+        start = self.position
+        if item_type in _SCALARS:
+            self.skip(count * self._numbers[_SCALARS[item_type]].size, items)
+        elif item_type == STRING:
+            self.need(count * 8, items)  # their lengths
+            self.spend(count, items)
+            self._skip_strings(field, count)
+        elif item_type == ARRAY:
+            self.need(count * 12, items)  # their types and counts
+            self.spend(count * ENTRY_PIECES, items)
+            return [self._array(field, depth + 1) for _ in range(count)]
+        else:
+            raise self.error(f"{field}: item type {item_type} is not one of GGUF's (0 to 12)")
+        if not self._keeps(self.position - start, count):
+            return MetadataArray(self.file, self.byte_order, field, item_type, count, start)
+        self.position = start
+        return self.items(field, item_type, count)
+
+    def items(self, field: str, item_type: int, count: int) -> list[Any]:
+        """The next `count` numbers or strings."""
+        if item_type != STRING:
+            return list(self.numbers(_SCALARS[item_type], count, field))
+        return [self.take(self.number("Q", field), field).decode(errors="replace") for _ in range(count)]
+
+    def _skip_strings(self, field: str, count: int) -> None:
+        length_at = self._numbers["Q"].unpack_from
+        window, index = self._window, self.position - self._window_start
+        strings = iter(range(count))
+        while True:
+            try:
+                # A vocabulary has a quarter of a million strings: nothing but this for most of them.
+                for _ in strings:
+                    index += 8 + length_at(window, index)[0]
+            except (struct.error, OverflowError):
+                # The window ends before this string's length does.
+                self._move_in_window(index, field)
+                self.skip(self.number("Q", field), field)
+                window, index = self._window, self.position - self._window_start
+            else:
+                self._move_in_window(index, field)
+                return
+
+    def _move_in_window(self, index: int, field: str) -> None:
+        """To byte `index` of the window, which may lie behind its end."""
+        self.position = self._window_start
+        self.skip(index, field)
