@@ -10,6 +10,8 @@ import threading
 import weakref
 from typing import Any
 
+from lib_qswap.quant import kernels
+
 from . import notices, settings
 from .patches import Patch, PatchTable
 from .probe import ProbeResult, probe
@@ -81,6 +83,7 @@ def begin_generation(processing: Any) -> settings.Settings:
     global _computed_with, _loaded_dtype
     first_of_job = not settings.generation_running()
     chosen = settings.begin_generation(getattr(processing, "override_settings", None) or {})
+    kernels.choose(chosen.unpack_kernel)
     with _lock:
         # Images within one job (the cells of a grid, a detailer's passes) may hold on to the loaded model,
         # and so does the upscale button.

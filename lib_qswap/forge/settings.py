@@ -99,8 +99,8 @@ OPTIONS: Mapping[str, Option] = {
     "qswap_unpack_kernel": Option(
         "Auto",
         "Unpacking of quantized weights",
-        "Auto: the fastest one that works here",
-        choices=("Auto", "Torch"),
+        "Auto: Triton's kernels where the GPU has them, else PyTorch's operations; the values are the same",
+        choices=("Auto", "Triton", "Torch"),
     ),
     "qswap_panel_hz": Option(
         2.0, "Updates of the panel per second", "while the panel is open", minimum=0.1, maximum=10
@@ -123,7 +123,7 @@ class Settings:
     ring_bytes: int | None
     arithmetic: Literal["exact", "like Forge"]
     compute_dtype: Literal["Auto", "fp16", "bf16"]
-    unpack_kernel: Literal["Auto", "Torch"]
+    unpack_kernel: Literal["Auto", "Triton", "Torch"]
     panel_hz: float
     log_level: notices.Level
 

@@ -153,7 +153,7 @@ IQ1 = Grid(
 
 @lru_cache(maxsize=64)
 def stored_rows(grid: Grid, device: torch.device) -> Tensor:
-    """int16: the table as it is kept, a row's positions in the list of values, the first in the lowest bits."""
+    """int16, the table as it is kept: of each row the positions, the first entry in the lowest bits."""
     rows = bytearray(zlib.decompress(base64.b85decode(grid.rows)))
     return torch.frombuffer(rows, dtype=torch.int16).to(device)
 

@@ -92,7 +92,9 @@ def _kernel(format: Format, device: torch.device) -> Any:
     reason = why_not_triton(device.type)
     if reason is not None:
         if _choice == "Triton":
-            _say_once(f"Triton cannot unpack here: {reason}. PyTorch's own operations do, to the same values.")
+            _say_once(
+                f"Triton cannot unpack here: {reason}. PyTorch's own operations do, to the same values."
+            )
         return None
     try:
         return load(format)

@@ -56,6 +56,13 @@ def four_pairs(words):
 
 
 @triton.jit
+def bits_to_bytes(bits):
+    """uint32, 4 bits each -> uint32: bit j as byte j, 0 or 1."""
+    # The product has bit j at bit 8 * j.
+    return (bits * 0x00204081) & 0x01010101
+
+
+@triton.jit
 def spread(words):
     """uint32 (..., n) -> uint8 (..., n, 4): the bytes of every word, lowest first."""
     return (tl.expand_dims(words, -1) >> (tl.arange(0, 4) * 8)).to(tl.uint8)
@@ -73,9 +80,8 @@ def _rounded(values, dtype: tl.constexpr):
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return values.to(dtype)
+        values = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return values.to(dtype)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -102,7 +108,7 @@ class Kernel:
     table: Callable[[torch.device], Tensor] | None
 
     def unpack(self, packed: Tensor, out: Tensor, block_elements: int) -> None:
-        """packed: uint8, whole blocks, at least one; out: fp32, fp16 or bf16; both contiguous, on one device."""
+        """packed: uint8, whole blocks, one or more; out: fp32, fp16 or bf16; contiguous, on one device."""
         count = out.numel() // block_elements
         tile = _TILE_ELEMENTS // block_elements
         table = None if self.table is None else self.table(out.device)

@@ -23,31 +23,30 @@ _e2m1 = partial(_values, E2M1_DOUBLED)
 
 
 @triton.jit
-def _look_up(table, nibbles):
-    return tl.load(table + nibbles.to(tl.int32))
+def _look_up(table, nibbles, TILE: tl.constexpr, COUNT: tl.constexpr):
+    """fp32 (TILE, COUNT); the shape of what is stored in the end, so that both lie in the same registers."""
+    return tl.load(table + tl.reshape(nibbles, (TILE, COUNT)).to(tl.int32))
 
 
 @kernel(alignment=2, table=_iq4)
 def IQ4_NL(packed, table, blocks, TILE: tl.constexpr):
     start = packed.to(tl.pointer_type(tl.uint16)) + blocks * 9
     words = word_at(start[:, None, None] + 1 + 2 * tl.arange(0, 4)[None, None, :])
-    values = _look_up(table, spread(two_nibbles(words)))
-    return tl.reshape(values, (TILE, 32)) * half(tl.load(start))[:, None]
+    return _look_up(table, spread(two_nibbles(words)), TILE, 32) * half(tl.load(start))[:, None]
 
 
 @kernel(alignment=4, table=_iq4)
 def IQ4_XS(packed, table, blocks, TILE: tl.constexpr):
-    halves = packed.to(tl.pointer_type(tl.uint16)) + blocks * 68
-    start = packed.to(tl.pointer_type(tl.uint32)) + blocks * 34
-    group = tl.arange(0, 8)[None, :]
-    low = (tl.load(start + 1)[:, None] >> (group * 4)) & 15
-    top = (tl.load(halves + 1).to(tl.uint32)[:, None] >> (group * 2)) & 3
-    scales = ((low | (top << 4)).to(tl.float32) - 32) * half(tl.load(halves))[:, None]
-    words = tl.load(
-        start[:, None, None] + 2 + tl.arange(0, 8)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    )
-    values = tl.reshape(_look_up(table, spread(two_nibbles(words))), (TILE, 8, 32))
-    return tl.reshape(values * scales[:, :, None], (TILE, 256))
+    group = tl.arange(0, 8)
+    head = packed + (blocks * 136)[:, None]
+    top = tl.load(head + 2 + (group // 4)[None, :]) >> (group % 4 * 2).to(tl.uint8)[None, :]
+    low = tl.load(head + 4 + (group // 2)[None, :]) >> (group % 2 * 4).to(tl.uint8)[None, :]
+    d = half(tl.load(packed.to(tl.pointer_type(tl.uint16)) + blocks * 68))
+    scales = (((low & 15) | ((top & 3) << 4)).to(tl.float32) - 32) * d[:, None]
+    start = packed.to(tl.pointer_type(tl.uint32)) + (blocks * 34)[:, None, None]
+    words = tl.load(start + 2 + tl.arange(0, 8)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :])
+    values = _look_up(table, spread(two_nibbles(words)), TILE, 256)
+    return tl.reshape(tl.reshape(values, (TILE, 8, 32)) * scales[:, :, None], (TILE, 256))
 
 
 @kernel(table=_e2m1)
@@ -56,9 +55,11 @@ def MXFP4(packed, table, blocks, TILE: tl.constexpr):
     exponent = tl.load(start).to(tl.int32)
     # 2 ** (exponent - 128): the first two are subnormal.
     bits = tl.where(exponent < 2, 0x00200000 << (exponent & 1), (exponent - 1) << 23)
-    data = tl.load(start[:, None] + 1 + tl.arange(0, 16)[None, :]).to(tl.int32)
-    nibbles = (data[:, None, :] >> (tl.arange(0, 2) * 4)[None, :, None]) & 15
-    values = tl.reshape(_look_up(table, nibbles), (TILE, 32))
+    # 17 bytes: at any address.
+    data = start[:, None, None] + 1 + tl.arange(0, 4)[None, None, :] * 4
+    words = tl.load(data).to(tl.uint32) | (tl.load(data + 1).to(tl.uint32) << 8)
+    words = words | (tl.load(data + 2).to(tl.uint32) << 16) | (tl.load(data + 3).to(tl.uint32) << 24)
+    values = _look_up(table, spread(two_nibbles(words)), TILE, 32)
     return values * bits.to(tl.float32, bitcast=True)[:, None]
 
 
@@ -72,5 +73,5 @@ def NVFP4(packed, table, blocks, TILE: tl.constexpr):
     scales = tl.where(byte == 0x7F, 0.0, scales)
     start = packed.to(tl.pointer_type(tl.uint32)) + (blocks * 9)[:, None, None]
     words = tl.load(start + 1 + tl.arange(0, 4)[None, :, None] * 2 + tl.arange(0, 2)[None, None, :])
-    values = tl.reshape(_look_up(table, spread(two_nibbles(words))), (TILE, 4, 16))
-    return tl.reshape(values * scales[:, :, None], (TILE, 64))
+    values = _look_up(table, spread(two_nibbles(words)), TILE, 64)
+    return tl.reshape(tl.reshape(values, (TILE, 4, 16)) * scales[:, :, None], (TILE, 64))

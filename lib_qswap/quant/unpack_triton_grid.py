@@ -12,21 +12,28 @@ import triton
 import triton.language as tl
 
 from . import iq_grids
-from .unpack_triton import half, kernel, spread, word_at
+from .unpack_triton import bits_to_bytes, half, kernel, signed, spread, word_at
 
 
 @triton.jit
 def _scaled(values, scales, TILE: tl.constexpr, GROUPS: tl.constexpr):
     """A number for each of 256 elements times its group's scale (TILE, GROUPS)."""
-    values = tl.reshape(values.to(tl.float32), (TILE, GROUPS, 256 // GROUPS))
+    values = tl.reshape(values, (TILE, GROUPS, 256 // GROUPS))
     return tl.reshape(values * scales[:, :, None], (TILE, 256))
 
 
 @triton.jit
-def _with_signs(values, signs, bit):
-    """Integers, negated where that bit of `signs` is set."""
-    minus = (signs >> bit) & 1
-    return (values ^ -minus) + minus
+def _in_halves(data, width: tl.constexpr):
+    """int32 (n, 32) -> uint32 (n, 32, 2): from the lowest bit on, then from bit `width` on."""
+    return data.to(tl.uint32)[:, :, None] >> (tl.arange(0, 2) * width)[None, None, :]
+
+
+@triton.jit
+def _with_signs(words, signs):
+    """Words of bytes 1 to 127 (n, 32, 2), signs int32 (n, 32) -> fp32 (n, 32, 2, 4), negative where a bit is
+    set."""
+    minus = bits_to_bytes(_in_halves(signs, 4) & 15)
+    return signed(spread((words ^ (minus * 0xFF)) + minus))
 
 
 @triton.jit
@@ -45,11 +52,26 @@ def _nibbles(start, element, offset):
 
 
 @triton.jit
+def _two_bit_rows(table, index):
+    """The positions in rows of 8: int32 (n, 32) -> uint32 (n, 32, 2), a byte each."""
+    rows = _in_halves(tl.load(table + index), 8) & 0xFF
+    rows = (rows | (rows << 12)) & 0x000F000F
+    return (rows | (rows << 6)) & 0x03030303
+
+
+@triton.jit
+def _four_bit_rows(table, index):
+    """The positions in rows of 4: int32 -> uint32 of the same shape, a byte each."""
+    rows = tl.load(table + index).to(tl.uint32) & 0xFFFF
+    rows = (rows | (rows << 8)) & 0x00FF00FF
+    return (rows | (rows << 4)) & 0x0F0F0F0F
+
+
+@triton.jit
 def _iq2(table, index, signs):
-    """Rows of 8 of 8, 25 and 43; int32 (n, 32) each -> int32 (n, 32, 8)."""
-    entry = tl.arange(0, 8)[None, None, :]
-    position = (tl.load(table + index).to(tl.int32)[:, :, None] >> (entry * 2)) & 3
-    return _with_signs(position * 17 + 8 + (position >> 1), signs[:, :, None], entry)
+    """Rows of 8 of 8, 25 and 43; int32 (n, 32) each -> fp32 (n, 32, 2, 4)."""
+    position = _two_bit_rows(table, index)
+    return _with_signs(position * 17 + 0x08080808 + ((position >> 1) & 0x01010101), signs)
 
 
 @kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ2_XXS))
@@ -85,20 +107,6 @@ def IQ2_S(packed, table, blocks, TILE: tl.constexpr):
     return _scaled(_iq2(table, index, signs), scales, TILE, 16)
 
 
-@triton.jit
-def _iq3_positions(table, index):
-    """Rows of 4; int32 (n, 32, 2) -> positions in the list of values, int32 (n, 32, 2, 4)."""
-    entry = tl.arange(0, 4)[None, None, None, :]
-    return (tl.load(table + index).to(tl.int32)[:, :, :, None] >> (entry * 4)) & 15
-
-
-@triton.jit
-def _with_pairs_of_signs(values, signs):
-    """int32 (n, 32, 2, 4) with the signs of int32 (n, 32), a bit for each of 8 elements."""
-    bit = tl.arange(0, 2)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    return _with_signs(values, signs[:, :, None, None], bit[None, None, :, :])
-
-
 @kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ3_XXS))
 def IQ3_XXS(packed, table, blocks, TILE: tl.constexpr):
     start = packed.to(tl.pointer_type(tl.uint16)) + blocks * 49
@@ -108,10 +116,10 @@ def IQ3_XXS(packed, table, blocks, TILE: tl.constexpr):
     signs = _eighth_sign(tl.reshape(signs, (TILE, 32)).to(tl.int32))
     row = tl.arange(0, 32)[:, None] * 2 + tl.arange(0, 2)[None, :]
     index = tl.load(packed + (blocks * 98)[:, None, None] + 2 + row[None, :, :]).to(tl.int32)
-    position = _iq3_positions(table, index)
+    position = _four_bit_rows(table, index)
     # 4, 12, 20, 28, 36, 44, 52, and 62 at position 7.
-    values = position * 8 + 4 + ((position + 1) >> 3) * 2
-    return _scaled(_with_pairs_of_signs(values, signs), scales, TILE, 8)
+    words = position * 8 + 0x04040404 + (((position + 0x01010101) >> 2) & 0x02020202)
+    return _scaled(_with_signs(words, signs), scales, TILE, 8)
 
 
 @kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ3_S))
@@ -123,15 +131,16 @@ def IQ3_S(packed, table, blocks, TILE: tl.constexpr):
     signs = tl.load(start[:, None] + 74 + tl.arange(0, 32)[None, :]).to(tl.int32)
     d = half(tl.load(packed.to(tl.pointer_type(tl.uint16)) + blocks * 55))
     scales = (_nibbles(start, tl.arange(0, 8), 106) * 2 + 1) * d[:, None]
-    values = _iq3_positions(table, index) * 2 + 1
-    return _scaled(_with_pairs_of_signs(values, signs), scales, TILE, 8)
+    words = _four_bit_rows(table, index) * 2 + 0x01010101
+    return _scaled(_with_signs(words, signs), scales, TILE, 8)
 
 
 @triton.jit
 def _iq1(table, index, minus):
-    """Rows of 8 of -1, 0 and 1 with 1/8 added, or taken off where `minus` is 1: in eighths."""
-    position = tl.load(table + index).to(tl.int32)[:, :, None] >> (tl.arange(0, 8) * 2)[None, None, :]
-    return (position & 3) * 8 - 7 - 2 * minus[:, :, None]
+    """Rows of 8 of -1, 0 and 1, with 1/8 added, or taken off where `minus` is 1; in eighths, fp32
+    (n, 32, 2, 4)."""
+    words = _two_bit_rows(table, index) * 8 + 0x02020202 - (minus * 0x02020202).to(tl.uint32)[:, :, None]
+    return spread(words).to(tl.float32) - 9
 
 
 @kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ1))
@@ -153,7 +162,9 @@ def IQ1_M(packed, table, blocks, TILE: tl.constexpr):
     d = ((first >> 12) & 0x000F) | ((first >> 24) & 0x00F0)
     d = d | ((second >> 4) & 0x0F00) | ((second >> 16) & 0xF000)
     group = tl.arange(0, 16)
-    high = tl.load(packed.to(tl.pointer_type(tl.uint16)) + (blocks * 28)[:, None] + 24 + (group // 4)[None, :])
+    high = tl.load(
+        packed.to(tl.pointer_type(tl.uint16)) + (blocks * 28)[:, None] + 24 + (group // 4)[None, :]
+    )
     small = (high.to(tl.int32) >> (group % 4 * 3)[None, :]) & 7
     scales = (small.to(tl.float32) * 2 + 1) * (half(d.to(tl.uint16)) * 0.125)[:, None]
     row = tl.arange(0, 32)

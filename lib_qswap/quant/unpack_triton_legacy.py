@@ -5,16 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .unpack_triton import half, kernel, signed, spread, two_nibbles, word_at
+from .unpack_triton import bits_to_bytes, half, kernel, signed, spread, two_nibbles, word_at
 
 
 @triton.jit
 def _fifth_bits(bits):
     """uint32 (n,), lowest bit first -> uint32 (n, 1, 2, 4): words of bytes that are 16 or 0."""
     four = tl.arange(0, 2)[:, None] * 16 + tl.arange(0, 4)[None, :] * 4
-    bits = (bits[:, None, None, None] >> four[None, None, :, :]) & 15
-    # The product has bit j at bit 8 * j.
-    return ((bits * 0x00204081) & 0x01010101) << 4
+    return bits_to_bytes((bits[:, None, None, None] >> four[None, None, :, :]) & 15) << 4
 
 
 @kernel(alignment=2)

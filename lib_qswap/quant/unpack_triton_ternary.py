@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
 from .unpack_triton import four_pairs, half, kernel, spread, word_at
 
 
+@triton.jit
+def _first_digits(numbers):
+    """Two bytes as numbers of 16 bits each -> their first base-3 digits, in the same places."""
+    return (((numbers & 0x00FF00FF) * 3) >> 8) & 0x00030003
+
+
 @kernel(alignment=2)
 def TQ1_0(packed, table, blocks, TILE: tl.constexpr):
-    scale = half(tl.load(packed.to(tl.pointer_type(tl.uint16)) + blocks * 27 + 26))
-    element = tl.arange(0, 256)
-    second, third = element - 160, element - 240
-    byte = tl.where(third >= 0, 48 + third % 4, tl.where(second >= 0, 32 + second % 16, element % 32))
-    digit = tl.where(third >= 0, third // 4, tl.where(second >= 0, second // 16, element // 32))
-    power = tl.where(digit >= 2, 9, 1) * tl.where(digit % 2 == 1, 3, 1) * tl.where(digit >= 4, 9, 1)
-    data = tl.load(packed + (blocks * 54)[:, None] + byte[None, :]).to(tl.int32)
-    digits = (((data * power[None, :]) & 0xFF) * 3) >> 8
-    return (digits - 1).to(tl.float32) * scale[:, None]
+    start = packed.to(tl.pointer_type(tl.uint16)) + blocks * 27
+    # Four elements at a time: the same digit of the bytes of a word, 8 words, then 4, then 1.
+    four = tl.arange(0, 64)
+    second, third = four - 40, four - 60
+    word = tl.where(third >= 0, 12, tl.where(second >= 0, 8 + second % 4, four % 8))
+    digit = tl.where(third >= 0, third, tl.where(second >= 0, second // 4, four // 8))
+    power = tl.where(digit % 2 == 1, 3, 1) * tl.where(digit >= 2, 9, 1) * tl.where(digit >= 4, 9, 1)
+    words = word_at(start[:, None] + word[None, :] * 2)
+    power = power.to(tl.uint32)[None, :]
+    even = _first_digits((words & 0x00FF00FF) * power)
+    odd = _first_digits(((words >> 8) & 0x00FF00FF) * power)
+    digits = tl.reshape(spread(even | (odd << 8)), (TILE, 256)).to(tl.float32)
+    return (digits - 1) * half(tl.load(start + 26))[:, None]
 
 
 @kernel(alignment=2)
