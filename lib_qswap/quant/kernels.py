@@ -45,10 +45,10 @@ def report_to(listener: Callable[[str], None]) -> None:
     _listener = listener
 
 
-def in_use(device: torch.device | str, choice: Choice | None = None) -> str:
+def in_use(device: torch.device | str) -> str:
     """For people: "Triton" or "Torch" on `device`, or "Triton, Torch for Q4_K" after a failure there."""
     device_type = torch.device(device).type
-    if (choice or _choice) == "Torch" or why_not_triton(device_type) is not None:
+    if _choice == "Torch" or why_not_triton(device_type) is not None:
         return "Torch"
     left = sorted(name for name, where in _given_up if where == device_type)
     return "Triton" + (f", Torch for {', '.join(left)}" if left else "")
