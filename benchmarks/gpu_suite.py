@@ -30,8 +30,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import ggml_blocks  # noqa: E402
 from torch_chains import CHAINS  # noqa: E402
 
-from lib_qswap.quant import kernels  # noqa: E402
+from lib_qswap.quant import kernels, multiply  # noqa: E402
 from lib_qswap.quant.formats import FORMATS, Format  # noqa: E402
+from lib_qswap.quant.packed import PackedTensor  # noqa: E402
 from lib_qswap.quant.unpack import unpack  # noqa: E402
 from lib_qswap.swap.device import device_of  # noqa: E402
 
@@ -170,6 +171,8 @@ def measure_type(
         row["triton_host_s"] = timer.host_seconds(calls)
         row["triton_same_bits"] = torch.equal(outs[0], expected)
         row["triton_times_faster_than_torch"] = row["torch_s"] / row["triton_s"]
+    if kernels.has_product(format, timer.device):
+        row["product"] = measure_product(format, packs, shape, dtype, timer, copy_bytes_per_s)
     if format.name in CHAINS:
         chain = CHAINS[format.name]
         values = outs[0].float()
@@ -181,6 +184,33 @@ def measure_type(
     return row
 
 
+def measure_product(
+    format: Format,
+    packs: list[torch.Tensor],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    timer: Timer,
+    copy_bytes_per_s: float,
+) -> dict[str, float]:
+    """One token times the packed weight, beside unpacking it first and beside a dense weight."""
+    x = torch.randn((1, shape[1]), device=timer.device).to(dtype)
+    weights = [PackedTensor(packed.view(shape[0], -1), format, shape, dtype=dtype) for packed in packs]
+    dense = [weights[0].dequantize() for _ in weights]
+    linear = torch.nn.functional.linear
+    kernels.choose("Triton")
+    fused_s = timer.seconds([lambda w=w: multiply.product(w, x, None) for w in weights])
+    unpacked_s = timer.seconds(
+        [lambda w=w, o=o: linear(x, w.dequantize(out=o)) for w, o in zip(weights, dense, strict=True)]
+    )
+    return {
+        "fused_s": fused_s,
+        "unpacked_s": unpacked_s,
+        "dense_s": timer.seconds([lambda w=w: linear(x, w) for w in dense]),
+        "fused_of_copy": format.packed_bytes(shape[0] * shape[1]) / fused_s / copy_bytes_per_s,
+        "times_faster_than_unpacked": unpacked_s / fused_s,
+    }
+
+
 def line_of(name: str, row: dict[str, Any]) -> str:
     parts = [f"{name:<8} {'x'.join(map(str, row['shape'])):<12}"]
     for what in ("triton", "torch", "chain"):
@@ -189,6 +219,12 @@ def line_of(name: str, row: dict[str, Any]) -> str:
             parts.append(f"{what} {row[f'{what}_s'] * 1e6:9.1f} us {rate:7.1f} GB/s {share:5.1%}")
     if "triton_times_faster_than_chain" in row:
         parts.append(f"{row['triton_times_faster_than_chain']:.1f} x the chain")
+    if "product" in row:
+        product = row["product"]
+        parts.append(
+            f"one token {product['fused_s'] * 1e6:.1f} us {product['fused_of_copy']:.1%}, "
+            f"{product['times_faster_than_unpacked']:.1f} x unpacking first"
+        )
     if row.get("triton_same_bits") is False:
         parts.append("OTHER BITS")
     return ", ".join(parts)

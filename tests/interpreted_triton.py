@@ -6,9 +6,11 @@ import ggml_blocks
 import pytest
 import torch
 
-from lib_qswap.quant import kernels
+from lib_qswap.quant import kernels, multiply, multiply_triton
 from lib_qswap.quant.formats import FORMATS
+from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.quant.unpack import unpack
+from lib_qswap.swap.manager import attach
 
 BLOCK_TYPES = [row for row in FORMATS.values() if row.unpack is not None and row.dtype is None]
 EVERY_TYPE = pytest.mark.parametrize("format", BLOCK_TYPES, ids=lambda row: row.name)
@@ -132,3 +134,92 @@ def test_blocks_at_an_address_that_a_kernel_cannot_read_are_unpacked_by_torch(la
     out = unpack(format, odd, torch.empty(5, 256))
     assert launches == []
     assert_same_bits(out, by_triton(format, blocks, torch.float32))
+
+
+def packed_weight(name: str, rows: int, elements: int) -> PackedTensor:
+    format = FORMATS[name]
+    blocks = ggml_blocks.random_blocks(format, rows * elements // format.block_elements, "ordinary")
+    return PackedTensor(torch.from_numpy(blocks).view(rows, -1), format, (rows, elements))
+
+
+def largest_error(values: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((values.double() - expected).abs().max())
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ2_S", "MXFP4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_product_of_few_tokens_is_at_least_as_accurate_as_one_with_the_unpacked_weight(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    for tokens, rows, elements in ((1, 1, 256), (2, 7, 768), (1, 12, 1280)):
+        weight = packed_weight(name, rows, elements)
+        x = torch.randn((tokens, 1, elements), generator=generator).to(dtype)
+        bias = torch.randn(rows, generator=generator)
+        assert multiply.serves(weight, x)
+        values = multiply.product(weight, x, bias)
+        assert (values.shape, values.dtype) == ((tokens, 1, rows), dtype)
+        exact = torch.nn.functional.linear(
+            x.double(), weight.dequantize(torch.float32).double(), bias.double()
+        )
+        unpacked = torch.nn.functional.linear(x, weight.dequantize(dtype), bias.to(dtype))
+        # Of the terms in fp32, and of the sum in the end.
+        terms = torch.nn.functional.linear(x.double().abs(), weight.dequantize(torch.float32).double().abs())
+        rounding = float(terms.max()) * 2.0**-22 + float(exact.abs().max()) * torch.finfo(dtype).eps
+        assert largest_error(values, exact) <= rounding
+        if dtype != torch.float32:
+            assert largest_error(values, exact) <= largest_error(unpacked, exact)
+        without_bias = multiply.product(weight, x, None)
+        assert largest_error(without_bias, exact - bias.double()) <= 2 * rounding
+
+
+def test_only_what_a_kernel_can_multiply_is_taken_from_torch():
+    weight = packed_weight("Q4_K", 8, 512)
+    assert multiply.serves(weight, torch.ones(2, 512))
+    assert multiply.serves(weight, torch.ones(1, 1, 512))
+    assert not multiply.serves(weight, torch.ones(3, 512))
+    assert not multiply.serves(weight, torch.ones(0, 512))
+    assert not multiply.serves(weight, torch.ones(1, 256))
+    assert not multiply.serves(weight, torch.ones(1, 512, dtype=torch.float64))
+    assert not multiply.serves(weight, torch.ones(1, 512, requires_grad=True))
+    assert not multiply.serves(weight.dequantize(), torch.ones(1, 512))
+    assert not multiply.serves(packed_weight("F16", 8, 512), torch.ones(1, 512))
+    # Rows that are no whole number of blocks.
+    flat = torch.from_numpy(ggml_blocks.random_blocks(FORMATS["Q4_K"], 4, "ordinary")).view(-1)
+    assert not multiply.serves(PackedTensor(flat, FORMATS["Q4_K"], (8, 128)), torch.ones(1, 128))
+    kernels.choose("Torch")
+    assert not multiply.serves(weight, torch.ones(1, 512))
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "like Forge"])
+def test_a_layer_of_one_token_gives_the_same_bits_resident_and_swapped(arithmetic, monkeypatch):
+    monkeypatch.setattr(multiply_triton, "_ROWS", 64)  # fewer programs, which the interpreter runs one by one
+    products = []
+    original = kernels.product_with_triton
+    monkeypatch.setattr(
+        kernels,
+        "product_with_triton",
+        lambda format, *rest: products.append(format) or original(format, *rest),
+    )
+    x = torch.randn((1, 512), generator=torch.Generator().manual_seed(0)).bfloat16()
+    outputs = []
+    for budget_bytes in (1 << 30, 0):
+        layers = [torch.nn.Linear(*((512, 256), (256, 512))[nth % 2]) for nth in range(6)]
+        for layer in layers:
+            packed = packed_weight("Q4_K", *layer.weight.shape)
+            layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+            layer.bias = torch.nn.Parameter(torch.ones(layer.out_features), requires_grad=False)
+        model = torch.nn.Sequential(*layers)
+        attachment = attach(
+            model,
+            device="cpu",
+            location="cpu",
+            budget_bytes=budget_bytes,
+            arithmetic=arithmetic,
+            compute_dtype=torch.bfloat16,
+        )
+        resident = {layer.resident is not None for layer in attachment.layers}
+        assert resident == {budget_bytes > 0}
+        with torch.no_grad():
+            outputs.append(model(x))
+        attachment.detach()
+    assert_same_bits(*outputs)
+    assert len(products) == (12 if arithmetic == "exact" else 0)

@@ -6,8 +6,9 @@ import ggml_blocks
 import pytest
 import torch
 
-from lib_qswap.quant import kernels
+from lib_qswap.quant import kernels, multiply
 from lib_qswap.quant.formats import FORMATS
+from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.quant.unpack import unpack
 
 
@@ -93,6 +94,25 @@ def test_more_than_two_billion_values_are_unpacked():
     expected = unpack(format, some, torch.empty(128, 32, dtype=torch.float16))
     assert_same_bits(values[-128:], expected)
     assert not values[:-128].any()
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@EVERY_TYPE
+def test_a_compiled_product_is_at_least_as_accurate_as_one_with_the_unpacked_weight(format, tokens):
+    rows, elements = 3072 + 3, 3072
+    blocks = torch.from_numpy(ggml_blocks.random_blocks(format, 4096, "ordinary"))
+    count = rows * elements // format.block_elements
+    packed = blocks.repeat(-(-count // 4096), 1)[:count].reshape(rows, -1).to(GPU)
+    weight = PackedTensor(packed, format, (rows, elements), dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((tokens, elements), generator=generator).bfloat16().to(GPU)
+    bias = torch.randn(rows, generator=generator).to(GPU)
+    assert multiply.serves(weight, x)
+    values = multiply.product(weight, x, bias)
+    exact = torch.nn.functional.linear(x.double(), weight.dequantize(torch.float32).double(), bias.double())
+    unpacked = torch.nn.functional.linear(x, weight.dequantize(), bias.bfloat16())
+    assert (values - exact).abs().max() <= (unpacked - exact).abs().max()
+    assert torch.equal(values, multiply.product(weight, x, bias))
 
 
 def test_a_tensor_on_another_gpu_than_the_current_one_is_unpacked():

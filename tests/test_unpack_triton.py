@@ -39,8 +39,7 @@ def compiled(monkeypatch, tmp_path):
     """Launches end at the compiler, for an H100, which need not be there: a list of what it made."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-
-    from lib_qswap.quant import unpack_triton
+    from triton.runtime.jit import JITFunction
 
     class AnyDriver:
         def get_current_target(self):
@@ -54,15 +53,26 @@ def compiled(monkeypatch, tmp_path):
 
     made = []
 
-    class CompileOnly:
-        def __getitem__(self, grid):
-            return lambda *args, **options: made.append(original.warmup(*args, grid=grid, **options))
+    def compile_only(launch, grid):
+        return lambda *args, **options: made.append(launch.warmup(*args, grid=grid, **options))
 
-    original = unpack_triton._unpack
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(driver, "_active", AnyDriver())
-    monkeypatch.setattr(unpack_triton, "_unpack", CompileOnly())
+    monkeypatch.setattr(JITFunction, "__getitem__", compile_only)
     return made
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"])
+def test_a_product_is_summed_by_fused_multiply_adds_and_needs_no_stack(name, compiled):
+    from lib_qswap.quant.multiply_triton import multiply
+
+    format = FORMATS[name]
+    packed = torch.empty((64, format.packed_bytes(512)), dtype=torch.uint8)
+    x, bias = torch.empty((2, 512), dtype=torch.bfloat16), torch.empty(64)
+    multiply(kernels.load(format), packed, x, bias, torch.empty((2, 64)), format.block_elements)
+    (made,) = compiled
+    assert "fma.rn.f32" in made.asm["ptx"]
+    assert ".local" not in made.asm["ptx"]
 
 
 @EVERY_TYPE

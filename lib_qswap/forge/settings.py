@@ -99,8 +99,9 @@ OPTIONS: Mapping[str, Option] = {
     "qswap_unpack_kernel": Option(
         "Auto",
         "Unpacking of quantized weights",
-        "Auto: Triton's kernels where the GPU has them, else PyTorch's operations; the values are the same",
+        "Auto: Triton's kernels where it is installed and serves the GPU, else PyTorch's own operations",
         choices=("Auto", "Triton", "Torch"),
+        infotext="QSwap unpacking",
     ),
     "qswap_panel_hz": Option(
         2.0, "Updates of the panel per second", "while the panel is open", minimum=0.1, maximum=10

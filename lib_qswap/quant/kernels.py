@@ -1,7 +1,7 @@
 """Which kernel unpacks: Triton's where it can, torch's own operations everywhere else.
 
-Both give the same bits. Triton is optional and imported when the first weight on a device that it serves is
-unpacked. A type whose kernel does not compile or start there is left to torch from then on.
+Both unpack to the same bits. Triton is optional and imported when the first weight on a device that it serves
+is unpacked. A type whose kernel does not compile or start there is left to torch from then on.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ Choice = Literal["Auto", "Triton", "Torch"]
 
 # Device types of torch that Triton compiles for; "cuda" is AMD's HIP as well.
 _SERVED = ("cuda", "xpu")
-# Older ones lack what the kernels are written with.
-_OLDEST_TRITON = (3, 0)
+# The oldest whose interpreter gives the right bits; those before it interpret too little to be tried.
+_OLDEST_TRITON = (3, 2)
+
+_PRODUCT = "{} in products"
 
 _choice: Choice = "Auto"
 _given_up: set[tuple[str, str]] = set()
@@ -80,9 +82,37 @@ def unpack_with_triton(format: Format, packed: Tensor, out: Tensor) -> bool:
     try:
         kernel.unpack(packed, out, format.block_elements)
     except Exception as error:  # of the compiler, the C compiler, the driver: each has its own
-        _give_up(format, out.device.type, error)
+        _give_up(format.name, out.device.type, error)
         return False
     return True
+
+
+def product_with_triton(
+    format: Format, packed: Tensor, inputs: Tensor, bias: Tensor | None, rows: int
+) -> Tensor | None:
+    """`inputs` (1 or 2, elements) times the transposed weight of `rows` rows, plus bias, in inputs' dtype;
+    None where that is left to torch. The weight is unpacked as in exact arithmetic, but not rounded."""
+    kernel = _kernel(format, inputs.device)
+    if kernel is None or packed.data_ptr() % kernel.alignment or _given_up_product(format, inputs.device):
+        return None
+    out = inputs.new_empty((inputs.shape[0], rows))
+    try:
+        from .multiply_triton import multiply
+
+        multiply(kernel, packed, inputs, bias, out, format.block_elements)
+    except Exception as error:
+        _give_up(_PRODUCT.format(format.name), inputs.device.type, error)
+        return None
+    return out
+
+
+def has_product(format: Format, device: torch.device) -> bool:
+    """Whether `product_with_triton` can be expected to serve this type on `device`."""
+    return _kernel(format, device) is not None and not _given_up_product(format, device)
+
+
+def _given_up_product(format: Format, device: torch.device) -> bool:
+    return (_PRODUCT.format(format.name), device.type) in _given_up
 
 
 def _kernel(format: Format, device: torch.device) -> Any:
@@ -92,14 +122,12 @@ def _kernel(format: Format, device: torch.device) -> Any:
     reason = why_not_triton(device.type)
     if reason is not None:
         if _choice == "Triton":
-            _say_once(
-                f"Triton cannot unpack here: {reason}. PyTorch's own operations do, to the same values."
-            )
+            _say_once(f"Triton cannot unpack here: {reason}. PyTorch's own operations do it.")
         return None
     try:
         return load(format)
     except Exception as error:
-        _give_up(format, device.type, error)
+        _give_up(format.name, device.type, error)
         return None
 
 
@@ -114,11 +142,11 @@ def load(format: Format) -> Any:
     return getattr(importlib.import_module(module), format.name, None)
 
 
-def _give_up(format: Format, device_type: str, error: Exception) -> None:
-    _given_up.add((format.name, device_type))
+def _give_up(what: str, device_type: str, error: Exception) -> None:
+    _given_up.add((what, device_type))
     _say_once(
-        f"Triton cannot unpack {format.name} here ({_first_line(error)}). PyTorch's own operations do, to the"
-        " same values, but slower."
+        f"Triton cannot unpack {what} here ({_first_line(error)}). PyTorch's own operations do it from now"
+        " on, more slowly."
     )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from torch import Tensor
 # A program's: 8 elements for each store of 16 bytes, 4 stores for each of 128 threads.
 _TILE_ELEMENTS = 4096
 _WARPS = 4
+VALUES: Any = None  # the function of a type, in the globals that `compiled` makes
 # The interpreter cuts off what a conversion to bf16 should round.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -75,35 +77,42 @@ def signed(data):
 
 
 @triton.jit
-def _rounded(values, dtype: tl.constexpr):
-    """fp32 -> dtype, to nearest, ties to even."""
-    if _INTERPRETED and dtype == tl.bfloat16:
+def store(pointers, values):
+    """fp32 values, rounded to nearest, ties to even, where they are to be kept in another dtype."""
+    if _INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         values = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return values.to(dtype)
+    tl.store(pointers, values.to(pointers.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["count"])
-def _unpack(
-    packed, table, out, count, VALUES: tl.constexpr, BLOCK_ELEMENTS: tl.constexpr, TILE: tl.constexpr
-):
+def _unpack(packed, table, out, count, BLOCK_ELEMENTS: tl.constexpr, TILE: tl.constexpr):
     # What lies past the end does the last block once more, which needs no masks.
     blocks = tl.minimum(tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), count - 1)
     values = VALUES(packed, table, blocks, TILE)
-    pointers = out + blocks[:, None] * BLOCK_ELEMENTS + tl.arange(0, BLOCK_ELEMENTS)[None, :]
-    tl.store(pointers, _rounded(values, out.dtype.element_ty))
+    store(out + blocks[:, None] * BLOCK_ELEMENTS + tl.arange(0, BLOCK_ELEMENTS)[None, :], values)
+
+
+def compiled(source: Callable[..., Any], values: Any, do_not_specialize: list[str]) -> Any:
+    """`source`, a kernel that calls `VALUES`, for the type whose values are `values`.
+
+    A function of its own, with globals of its own: older Tritons take no function as an argument.
+    """
+    own = types.FunctionType(source.__code__, {**source.__globals__, "VALUES": values}, source.__name__)
+    own.__annotations__, own.__module__ = source.__annotations__, source.__module__
+    return triton.jit(own, do_not_specialize=do_not_specialize)
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """How Triton unpacks one type.
 
-    values: the decorated function, compiled. alignment: of the packed bytes' address, in bytes. table: made
-    once for each device.
+    values: the decorated function. launch: `_unpack` with it. alignment: of the packed bytes' address, in
+    bytes. table: made once for each device.
     """
 
     values: Any
+    launch: Any
     alignment: int
     table: Callable[[torch.device], Tensor] | None
 
@@ -112,13 +121,12 @@ class Kernel:
         count = out.numel() // block_elements
         tile = _TILE_ELEMENTS // block_elements
         table = None if self.table is None else self.table(out.device)
-        with _on(out.device):
-            _unpack[(triton.cdiv(count, tile),)](
+        with on_device(out.device):
+            self.launch[(triton.cdiv(count, tile),)](
                 packed,
                 table,
                 out,
                 count,
-                VALUES=self.values,
                 BLOCK_ELEMENTS=block_elements,
                 TILE=tile,
                 num_warps=_WARPS,
@@ -131,10 +139,15 @@ def kernel(
     *, alignment: int = 1, table: Callable[[torch.device], Tensor] | None = None
 ) -> Callable[[Callable[..., Any]], Kernel]:
     """Decorates the function of one type (see above)."""
-    return lambda values: Kernel(triton.jit(values), alignment, table)
+
+    def decorate(function: Callable[..., Any]) -> Kernel:
+        values = triton.jit(function)
+        return Kernel(values, compiled(_unpack, values, ["count"]), alignment, table)
+
+    return decorate
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device."""
     module = getattr(torch, device.type)
     if device.type == "cpu" or device.index in (None, module.current_device()):
