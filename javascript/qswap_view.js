@@ -268,8 +268,9 @@
             this.verdict.setText(verdict.text);
             dom.setAttribute(this.verdict, "data-tone", verdict.tone);
             const location = qswap.words.LOCATION_WORDS[String(snapshot.location || "").toLowerCase()];
+            const kernel = snapshot.unpack_kernel ? ` · unpacked by ${snapshot.unpack_kernel}` : "";
             dom.show(this.location, enabled && Boolean(location));
-            this.location.setText(`Swap location: ${location}`);
+            this.location.setText(`Swap location: ${location}${kernel}`);
             dom.show(this.body, enabled);
             if (!enabled) {
                 return;

@@ -113,6 +113,7 @@ class FakeHost:
             "enabled": self.enabled,
             "device": "cuda:0",
             "location": "auto",
+            "unpack_kernel": "Triton",
             "models": [self._encoder_model(), main, self._vae()] if self.enabled else [],
             "device_memory": {
                 "total": total,

@@ -259,6 +259,11 @@ def packed(name):
             {"qswap_compute_dtype": "bf16"},
             {"QSwap arithmetic": "exact", "QSwap compute dtype": "bf16"},
         ),
+        (
+            "Q4_0",
+            {"qswap_unpack_kernel": "Torch"},
+            {"QSwap arithmetic": "exact", "QSwap unpacking": "Torch"},
+        ),
         ("F16", {}, {}),
         (None, {}, {}),
         ("Q4_0", {"qswap_enabled": False}, {}),
@@ -272,7 +277,7 @@ def test_the_infotext_names_what_can_change_the_image(loaded, weight, options, w
 
 def test_pasted_infotext_never_names_a_memory_setting(loaded):
     named = {key for key, info in loaded.shared.opts.data_labels.items() if info.infotext}
-    assert named == {"qswap_arithmetic", "qswap_compute_dtype"}
+    assert named == {"qswap_arithmetic", "qswap_compute_dtype", "qswap_unpack_kernel"}
 
 
 def test_the_accordion_mounts_the_panel_once_per_tab_and_adds_no_arguments(loaded):

@@ -171,6 +171,11 @@ def lightness(colour: str) -> float:
     return 116 * luminance ** (1 / 3) - 16 if luminance > 0.008856 else 903.3 * luminance
 
 
+def test_the_first_line_says_where_weights_wait_and_what_unpacks_them(serve, host, page):
+    page.goto(serve(host).url)
+    expect(page.locator(".qswap-location")).to_have_text("Swap location: Auto · unpacked by Triton")
+
+
 def test_the_first_line_says_what_is_on_the_gpu_what_travels_and_whether_it_stalls(serve, host, page):
     page.goto(serve(host).url)
     expect(page.locator(".qswap-verdict")).to_have_text(

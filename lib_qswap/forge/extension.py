@@ -10,6 +10,8 @@ import threading
 import weakref
 from typing import Any
 
+from lib_qswap.quant import kernels
+
 from . import notices, settings
 from .patches import Patch, PatchTable
 from .probe import ProbeResult, probe
@@ -20,7 +22,7 @@ _table: PatchTable | None = None
 _starts = 0
 _suspended: tuple[weakref.ref, str] | None = None
 """The engine that was loaded when the scripts were unloaded, and Forge's mark that it is up to date."""
-_computed_with: tuple[bool, str, str] | None = None
+_computed_with: tuple[bool, str, str, str] | None = None
 """What the last generation's text conditionings, which Forge keeps, were computed with."""
 _loaded_dtype: str | None = None
 """The computation dtype setting that the loaded models were loaded with."""
@@ -81,6 +83,7 @@ def begin_generation(processing: Any) -> settings.Settings:
     global _computed_with, _loaded_dtype
     first_of_job = not settings.generation_running()
     chosen = settings.begin_generation(getattr(processing, "override_settings", None) or {})
+    kernels.choose(chosen.unpack_kernel)
     with _lock:
         # Images within one job (the cells of a grid, a detailer's passes) may hold on to the loaded model,
         # and so does the upscale button.
@@ -91,7 +94,7 @@ def begin_generation(processing: Any) -> settings.Settings:
         elif chosen.enabled and chosen.compute_dtype != _loaded_dtype:
             _drop_models()
         _loaded_dtype = chosen.compute_dtype
-        computed_with = (applied(), chosen.arithmetic, chosen.compute_dtype)
+        computed_with = (applied(), chosen.arithmetic, chosen.compute_dtype, chosen.unpack_kernel)
         if _computed_with is not None and computed_with != _computed_with:
             processing.clear_prompt_cache()
         _computed_with = computed_with

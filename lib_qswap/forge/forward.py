@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from lib_qswap.quant import multiply
 from lib_qswap.quant.packed import PackedTensor
-from lib_qswap.swap.execute import gather_rows, weight_for
+from lib_qswap.swap.execute import gather_rows, linear, weight_for
 from lib_qswap.swap.streamer import Lease, ResidentLease
 
 from . import loading, managed
@@ -111,9 +112,28 @@ def _gguf_linear(original: Any, self: torch.nn.Module, x: torch.Tensor) -> torch
     they are."""
     from backend import operations
 
+    product = _product(self, x)
+    if product is not None:
+        return product
     weight, bias, signal = operations.weights_manual_cast(self, x)
     with operations.main_stream_worker(weight, bias, signal):
         return torch.nn.functional.linear(x, weight, bias)
+
+
+def _product(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """The layer's output for one or two tokens in one kernel, None where its weight has to be unpacked."""
+    if not multiply.serves(layer.weight, x) or getattr(layer, "forge_online_loras", None):
+        return None
+    served = managed.managed_layer(layer, x.device)
+    if served is None or served[0].arithmetic != "exact":
+        return None
+    attachment, swapped = served
+    lease = attachment.acquire(swapped)
+    try:
+        parts = lease.parts
+        return linear(parts["weight"], parts.get("bias"), x, attachment.state.scratch)
+    finally:
+        lease.release()
 
 
 def _embedding(original: Any, self: torch.nn.Embedding, x: torch.Tensor) -> torch.Tensor:

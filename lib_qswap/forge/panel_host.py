@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lib_qswap.quant import unpack
 from lib_qswap.swap import ledger
 
 from . import controls, extension, settings
@@ -15,17 +14,12 @@ class ForgePanelHost:
 
     def snapshot(self) -> dict[str, Any]:
         """The ledger's snapshot, whether QSwap is on, the options (`settings`), and in `host` what the probe
-        found, the limit that the user set with Forge's GPU Weights (`weight_limit_bytes`, null: none) and
-        the kernel that unpacks (`unpack_kernel`)."""
+        found and the limit that the user set with Forge's GPU Weights (`weight_limit_bytes`, null: none)."""
         stored = settings.stored()
         return {
             **ledger.snapshot(),
             "enabled": extension.applied(),
-            "host": {
-                **extension.status(),
-                "weight_limit_bytes": controls.weight_limit_bytes(),
-                "unpack_kernel": unpack.kernel_for(settings.current().unpack_kernel),
-            },
+            "host": {**extension.status(), "weight_limit_bytes": controls.weight_limit_bytes()},
             "settings": {key: stored.get(key, option.default) for key, option in settings.OPTIONS.items()},
         }
 

@@ -51,6 +51,8 @@ class QSwapScript(scripts.Script):
             p.extra_generation_params["QSwap arithmetic"] = chosen.arithmetic
         if chosen.compute_dtype != "Auto":
             p.extra_generation_params["QSwap compute dtype"] = chosen.compute_dtype
+        if chosen.unpack_kernel != "Auto":
+            p.extra_generation_params["QSwap unpacking"] = chosen.unpack_kernel
 
 
 @notices.fails_soft("")

@@ -99,8 +99,9 @@ OPTIONS: Mapping[str, Option] = {
     "qswap_unpack_kernel": Option(
         "Auto",
         "Unpacking of quantized weights",
-        "Auto: the fastest one that works here",
-        choices=("Auto", "Torch"),
+        "Auto: Triton's kernels where it is installed and serves the GPU, else PyTorch's own operations",
+        choices=("Auto", "Triton", "Torch"),
+        infotext="QSwap unpacking",
     ),
     "qswap_panel_hz": Option(
         2.0, "Updates of the panel per second", "while the panel is open", minimum=0.1, maximum=10
@@ -123,7 +124,7 @@ class Settings:
     ring_bytes: int | None
     arithmetic: Literal["exact", "like Forge"]
     compute_dtype: Literal["Auto", "fp16", "bf16"]
-    unpack_kernel: Literal["Auto", "Torch"]
+    unpack_kernel: Literal["Auto", "Triton", "Torch"]
     panel_hz: float
     log_level: notices.Level
 

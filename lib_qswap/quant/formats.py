@@ -2,7 +2,8 @@
 
 The numbers are those of the GGUF specification and of ggml's block structures. To add a type, write a
 function that unpacks it, beside those of its kind (`unpack_legacy` says what it may rely on), and add a row
-to `_ROWS`.
+to `_ROWS`. For speed on a GPU, write one for Triton as well, under the type's name (`unpack_triton` says
+how): where the row names `unpack_k.unpack_q4_k`, `unpack_triton_k.Q4_K` is found.
 """
 
 from __future__ import annotations

@@ -152,9 +152,15 @@ IQ1 = Grid(
 
 
 @lru_cache(maxsize=64)
+def stored_rows(grid: Grid, device: torch.device) -> Tensor:
+    """int16, the table as it is kept: of each row the positions, the first entry in the lowest bits."""
+    rows = bytearray(zlib.decompress(base64.b85decode(grid.rows)))
+    return torch.frombuffer(rows, dtype=torch.int16).to(device)
+
+
+@lru_cache(maxsize=64)
 def grid_rows(grid: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The table on a device: the entries of a row as the signed bytes of one int64 (8) or int32 (4)."""
-    packed = torch.frombuffer(bytearray(zlib.decompress(base64.b85decode(grid.rows))), dtype=torch.uint8)
-    rows = packed.view(torch.int16).int()[:, None] >> torch.arange(grid.width) * grid.bits
+    rows = stored_rows(grid, torch.device("cpu")).int()[:, None] >> torch.arange(grid.width) * grid.bits
     positions = rows.bitwise_and_((1 << grid.bits) - 1)
     return torch.tensor(grid.values, dtype=torch.int8)[positions].view(dtype).view(-1).to(device)

@@ -1,7 +1,8 @@
-"""Packed blocks to numbers: the one entry point, on any device, in chunks.
+"""Packed blocks to numbers: the one entry point, on any device.
 
-A chunk's temporaries fit into a CPU's cache, or, on an accelerator, into 64 MB. Nothing here waits for a
-device, and all memory comes from torch's allocator, on the current stream.
+One of `kernels` does it where there is one, else torch's operations do, in chunks: a chunk's temporaries fit
+into a CPU's cache, or, on an accelerator, into 64 MB. Nothing here waits for a device, and all memory comes
+from torch's allocator, on the current stream.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from . import kernels
 from .formats import Format, UnpackFunction, UnpackLikeForgeFunction
 from .words import BLOCK_GRANULE
 
@@ -20,12 +22,6 @@ Arithmetic = Literal["exact", "like Forge"]
 _CPU_CHUNK_ELEMENTS = 1 << 19
 # No type takes more than 8 bytes of temporaries for an element.
 _CHUNK_ELEMENTS = 1 << 23
-
-
-def kernel_for(asked: str) -> str:
-    """What unpacks where the user asked for "Auto" or a kernel by name; torch's own operations are the only
-    one."""
-    return "Torch" if asked == "Auto" else asked
 
 
 def unpack(
@@ -49,6 +45,10 @@ def unpack(
     """
     _check(format, packed, out)
     function, rounding = _choose(format, arithmetic, computation_dtype)
+    # The bytes of a plain type are its values: torch's copy is one kernel already.
+    exact = function is format.unpack and format.dtype is None
+    if exact and kernels.unpack_with_triton(format, packed, out):
+        return out
     # Most operations here are short, and cheaper in inference mode; `out` may come from either mode.
     with torch.inference_mode():
         blocks = packed.view(-1, format.block_bytes)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lib_qswap.quant import multiply
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.quant.unpack import Arithmetic, unpack
 from lib_qswap.swap.device import Device, align
@@ -138,6 +139,7 @@ class Forward:
         self._scratch = scratch
         self._arithmetic = arithmetic
         self._computation_dtype = computation_dtype
+        self._multiplies = original is torch.nn.Linear.forward and arithmetic == "exact"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._layer.module()
@@ -148,6 +150,11 @@ class Forward:
         lease = self._streamer.acquire(self._layer)
         masters = module._parameters.copy()
         try:
+            if self._multiplies and multiply.serves(lease.parts.get("weight"), inputs):
+                parts = lease.parts
+                return linear(
+                    parts["weight"], parts.get("bias"), inputs, self._scratch, self._computation_dtype
+                )
             for name, tensor in lease.parts.items():
                 if name == "weight":
                     tensor = weight_for(
@@ -165,6 +172,24 @@ class Forward:
         finally:
             module._parameters.update(masters)
             lease.release()
+
+
+def linear(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    x: torch.Tensor,
+    scratch: Scratch,
+    computation_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """A linear layer of exact arithmetic on an input that `multiply.serves` has accepted: in one kernel,
+    or by way of the scratch where that has just failed."""
+    if isinstance(bias, PackedTensor):
+        bias = bias.dequantize(x.dtype)
+    product = multiply.product(weight, x, bias)
+    if product is not None:
+        return product
+    unpacked = weight_for(weight, x.dtype, scratch, arithmetic="exact", computation_dtype=computation_dtype)
+    return torch.nn.functional.linear(x, unpacked, None if bias is None else bias.to(x.dtype))
 
 
 class GatheredForward:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
+
+from lib_qswap.quant import kernels
 
 if TYPE_CHECKING:
     from lib_qswap.swap.manager import Attachment
@@ -40,6 +43,9 @@ def message(text: str, level: str = "info") -> None:
         if known is not None:
             return
     log.log(getattr(logging, level.upper()), "%s", text)
+
+
+kernels.report_to(functools.partial(message, level="warning"))
 
 
 def note_unmanaged(name: str, reason: str | None) -> None:
@@ -80,10 +86,16 @@ def snapshot() -> dict[str, Any]:
         "enabled": True,
         "device": str(device.device) if device is not None else None,
         "location": models[-1].location if models else None,
+        "unpack_kernel": _unpack_kernel(models[-1]) if models else None,
         "models": [model_snapshot(model) for model in models] + notes,
         "device_memory": memory,
         "messages": messages,
     }
+
+
+def _unpack_kernel(model: Attachment) -> str:
+    # Forge's order of operations is torch's alone.
+    return kernels.in_use(model.device.device) if model.arithmetic == "exact" else "Torch"
 
 
 def model_snapshot(model: Attachment) -> dict[str, Any]:

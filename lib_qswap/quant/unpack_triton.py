@@ -1,0 +1,155 @@
+"""Unpacking with Triton: what every type's kernel is made of, and its launch.
+
+A type has one function, decorated with `kernel`, which `unpack_triton_*` hold: the fp32 values of some of its
+blocks. What surrounds it is here. Packed bytes are read once and values written once; nothing is allocated
+and nothing waits for the device.
+
+What holds for every such function, `values(packed, table, blocks, TILE)`: packed points to uint8, table to
+the type's `table`, if it has one. blocks is int64 (TILE,), the numbers of the blocks to unpack, which may
+come more than once. It returns fp32 (TILE, block_elements), with the operations in the order that
+gguf-py has them in wherever the order matters. Bytes are taken four at a time, as words, and so are their
+bits: `spread` comes last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A program's: 8 elements for each store of 16 bytes, 4 stores for each of 128 threads.
+_TILE_ELEMENTS = 4096
+_WARPS = 4
+VALUES: Any = None  # the function of a type, in the globals that `compiled` makes
+# The interpreter cuts off what a conversion to bf16 should round.
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def half(bits):
+    """uint16 -> the fp16 numbers of these bits, as fp32."""
+    return bits.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def word_at(halves):
+    """uint32: four bytes at an even address, from pointers to uint16."""
+    return tl.load(halves).to(tl.uint32) | (tl.load(halves + 1).to(tl.uint32) << 16)
+
+
+@triton.jit
+def two_nibbles(words):
+    """uint32 (n, m, w) -> uint32 (n, m, 2, w): the low, then the high nibble of every byte."""
+    return (words[:, :, None, :] >> (tl.arange(0, 2) * 4)[None, None, :, None]) & 0x0F0F0F0F
+
+
+@triton.jit
+def four_pairs(words):
+    """uint32 (n, m, w) -> uint32 (n, m, 4, w): the four pairs of bits of every byte, lowest first."""
+    return (words[:, :, None, :] >> (tl.arange(0, 4) * 2)[None, None, :, None]) & 0x03030303
+
+
+@triton.jit
+def bits_to_bytes(bits):
+    """uint32, 4 bits each -> uint32: bit j as byte j, 0 or 1."""
+    # The product has bit j at bit 8 * j.
+    return (bits * 0x00204081) & 0x01010101
+
+
+@triton.jit
+def spread(words):
+    """uint32 (..., n) -> uint8 (..., n, 4): the bytes of every word, lowest first."""
+    return (tl.expand_dims(words, -1) >> (tl.arange(0, 4) * 8)).to(tl.uint8)
+
+
+@triton.jit
+def signed(data):
+    """uint8 -> the signed bytes of these bits, as fp32."""
+    return data.to(tl.int8, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def store(pointers, values):
+    """fp32 values, rounded to nearest, ties to even, where they are to be kept in another dtype."""
+    if _INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        values = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    tl.store(pointers, values.to(pointers.dtype.element_ty))
+
+
+def _unpack(packed, table, out, count, BLOCK_ELEMENTS: tl.constexpr, TILE: tl.constexpr):
+    # What lies past the end does the last block once more, which needs no masks.
+    blocks = tl.minimum(tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), count - 1)
+    values = VALUES(packed, table, blocks, TILE)
+    store(out + blocks[:, None] * BLOCK_ELEMENTS + tl.arange(0, BLOCK_ELEMENTS)[None, :], values)
+
+
+def compiled(source: Callable[..., Any], values: Any, do_not_specialize: list[str]) -> Any:
+    """`source`, a kernel that calls `VALUES`, for the type whose values are `values`.
+
+    A function of its own, with globals of its own: older Tritons take no function as an argument.
+    """
+    own = types.FunctionType(source.__code__, {**source.__globals__, "VALUES": values}, source.__name__)
+    own.__annotations__, own.__module__ = source.__annotations__, source.__module__
+    return triton.jit(own, do_not_specialize=do_not_specialize)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """How Triton unpacks one type.
+
+    values: the decorated function. launch: `_unpack` with it. alignment: of the packed bytes' address, in
+    bytes. table: made once for each device.
+    """
+
+    values: Any
+    launch: Any
+    alignment: int
+    table: Callable[[torch.device], Tensor] | None
+
+    def unpack(self, packed: Tensor, out: Tensor, block_elements: int) -> None:
+        """packed: uint8, whole blocks, one or more; out: fp32, fp16 or bf16; contiguous, on one device."""
+        count = out.numel() // block_elements
+        tile = _TILE_ELEMENTS // block_elements
+        table = None if self.table is None else self.table(out.device)
+        with on_device(out.device):
+            self.launch[(triton.cdiv(count, tile),)](
+                packed,
+                table,
+                out,
+                count,
+                BLOCK_ELEMENTS=block_elements,
+                TILE=tile,
+                num_warps=_WARPS,
+                # A product and a sum are two roundings, as everywhere else.
+                enable_fp_fusion=False,
+            )
+
+
+def kernel(
+    *, alignment: int = 1, table: Callable[[torch.device], Tensor] | None = None
+) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorates the function of one type (see above)."""
+
+    def decorate(function: Callable[..., Any]) -> Kernel:
+        values = triton.jit(function)
+        return Kernel(values, compiled(_unpack, values, ["count"]), alignment, table)
+
+    return decorate
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    module = getattr(torch, device.type)
+    if device.type == "cpu" or device.index in (None, module.current_device()):
+        return contextlib.nullcontext()
+    return module.device(device)

@@ -1,0 +1,227 @@
+"""What `test_unpack_triton` runs in a process of its own, where Triton interprets its kernels on the CPU."""
+
+from __future__ import annotations
+
+import ggml_blocks
+import pytest
+import torch
+
+from lib_qswap.quant import kernels, multiply, multiply_triton
+from lib_qswap.quant.formats import FORMATS
+from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.quant.unpack import unpack
+from lib_qswap.swap.manager import attach
+
+BLOCK_TYPES = [
+    row for row in FORMATS.values() if row.unpack and row.dtype is None and row.ggml_id is not None
+]
+EVERY_TYPE = pytest.mark.parametrize("format", BLOCK_TYPES, ids=lambda row: row.name)
+BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+# What a program unpacks; a few elements more are no multiple of it.
+TILE_ELEMENTS = 4096
+
+
+@pytest.fixture(autouse=True)
+def triton_chosen():
+    kernels.choose("Triton")
+    yield
+    kernels.choose("Auto")
+
+
+def by_torch(format, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    kernels.choose("Torch")
+    try:
+        return unpack(format, packed, torch.empty(len(packed), format.block_elements, dtype=dtype))
+    finally:
+        kernels.choose("Triton")
+
+
+def by_triton(format, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In a buffer whose rest must stay as it is."""
+    elements = len(packed) * format.block_elements
+    buffer = torch.full((elements + 512,), torch.nan, dtype=dtype)
+    out = buffer[256 : 256 + elements].view(len(packed), format.block_elements)
+    assert kernels.unpack_with_triton(format, packed, out)
+    assert buffer[:256].isnan().all()
+    assert buffer[256 + elements :].isnan().all()
+    return out
+
+
+def assert_same_bits(values: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bit for bit, the sign of zero included."""
+    bits = BITS[values.dtype]
+    torch.testing.assert_close(values.view(bits), expected.view(bits), rtol=0, atol=0)
+
+
+@EVERY_TYPE
+@pytest.mark.parametrize("scales", ["any", "ordinary", "edge", "zero"])
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # to infinity, in fp16
+def test_values_are_those_of_torch_bit_for_bit_in_every_dtype(format, scales):
+    # Every pair of edges where there are two scales.
+    count = 14 * 14 if scales == "edge" else 2 * TILE_ELEMENTS // format.block_elements
+    packed = torch.from_numpy(ggml_blocks.random_blocks(format, count + 3, scales, seed=1))
+    for dtype in BITS:
+        assert_same_bits(by_triton(format, packed, dtype), by_torch(format, packed, dtype))
+
+
+@EVERY_TYPE
+def test_any_number_of_blocks_is_unpacked_and_nothing_else_is_written(format):
+    tile = TILE_ELEMENTS // format.block_elements
+    blocks = torch.from_numpy(ggml_blocks.random_blocks(format, tile + 1, "ordinary"))
+    for count in (1, 2, tile - 1, tile, tile + 1):
+        packed = blocks[:count].clone()
+        assert_same_bits(by_triton(format, packed, torch.float32), by_torch(format, packed, torch.float32))
+    assert unpack(format, blocks[:0], torch.empty(0)).numel() == 0
+
+
+def one_product_each(products: list[float]) -> torch.Tensor:
+    """Q8_K blocks whose first value is a product, the others 0."""
+    packed = torch.zeros((len(products), FORMATS["Q8_K"].block_bytes), dtype=torch.uint8)
+    packed[:, :4] = torch.tensor(products).view(torch.uint8).view(-1, 4)
+    packed[:, 4] = 1
+    return packed
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.bfloat16, 8), (torch.float16, 11)])
+def test_what_lies_halfway_is_rounded_to_even_and_what_lies_beside_it_to_the_nearest(dtype, digits):
+    half, least = 2.0**-digits, 2.0**-23
+    products = [sign * (1 + step * half + beside) for sign in (1, -1)
+                for step in (1, 3) for beside in (-least, 0.0, least)]  # fmt: skip
+    expected = [sign * (1 + step * half) for sign in (1, -1) for step in (0, 0, 2, 2, 4, 4)]
+    values = by_triton(FORMATS["Q8_K"], one_product_each(products), dtype)[:, 0]
+    assert values.tolist() == expected
+
+
+def test_numbers_too_small_for_a_normal_fp32_are_kept():
+    products = [2.0**-149, 3 * 2.0**-140, -(2.0**-127)]
+    values = by_triton(FORMATS["Q8_K"], one_product_each(products), torch.float32)[:, 0]
+    assert values.tolist() == products
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the types that Triton unpacked."""
+    names = []
+    original = kernels.unpack_with_triton
+
+    def counted(format, packed, out):
+        done = original(format, packed, out)
+        names.extend([format.name] * done)
+        return done
+
+    monkeypatch.setattr(kernels, "unpack_with_triton", counted)
+    return names
+
+
+def test_unpack_takes_triton_for_exact_arithmetic_and_torch_for_forges(launches):
+    format = FORMATS["Q4_K"]
+    packed = torch.from_numpy(ggml_blocks.random_blocks(format, 5, "ordinary"))
+    out = torch.empty(5, 256, dtype=torch.float16)
+    unpack(format, packed, out)
+    assert launches == ["Q4_K"]
+    unpack(format, packed, out, arithmetic="like Forge")
+    kernels.choose("Torch")
+    unpack(format, packed, out)
+    assert launches == ["Q4_K"]
+    kernels.choose("Auto")
+    unpack(format, packed, out)
+    assert launches == ["Q4_K", "Q4_K"]
+
+
+def test_blocks_at_an_address_that_a_kernel_cannot_read_are_unpacked_by_torch(launches):
+    format = FORMATS["Q4_K"]
+    blocks = torch.from_numpy(ggml_blocks.random_blocks(format, 5, "ordinary"))
+    odd = torch.empty(blocks.numel() + 1, dtype=torch.uint8)[1:].view(5, -1)
+    odd.copy_(blocks)
+    out = unpack(format, odd, torch.empty(5, 256))
+    assert launches == []
+    assert_same_bits(out, by_triton(format, blocks, torch.float32))
+
+
+def packed_weight(name: str, rows: int, elements: int) -> PackedTensor:
+    format = FORMATS[name]
+    blocks = ggml_blocks.random_blocks(format, rows * elements // format.block_elements, "ordinary")
+    return PackedTensor(torch.from_numpy(blocks).view(rows, -1), format, (rows, elements))
+
+
+def largest_error(values: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((values.double() - expected).abs().max())
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ2_S", "MXFP4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_product_of_few_tokens_is_at_least_as_accurate_as_one_with_the_unpacked_weight(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    for tokens, rows, elements in ((1, 1, 256), (2, 7, 768), (1, 12, 1280)):
+        weight = packed_weight(name, rows, elements)
+        x = torch.randn((tokens, 1, elements), generator=generator).to(dtype)
+        bias = torch.randn(rows, generator=generator)
+        assert multiply.serves(weight, x)
+        values = multiply.product(weight, x, bias)
+        assert (values.shape, values.dtype) == ((tokens, 1, rows), dtype)
+        exact = torch.nn.functional.linear(
+            x.double(), weight.dequantize(torch.float32).double(), bias.double()
+        )
+        unpacked = torch.nn.functional.linear(x, weight.dequantize(dtype), bias.to(dtype))
+        # Of the terms in fp32, and of the sum in the end.
+        terms = torch.nn.functional.linear(x.double().abs(), weight.dequantize(torch.float32).double().abs())
+        rounding = float(terms.max()) * 2.0**-22 + float(exact.abs().max()) * torch.finfo(dtype).eps
+        assert largest_error(values, exact) <= rounding
+        if dtype != torch.float32:
+            assert largest_error(values, exact) <= largest_error(unpacked, exact)
+        without_bias = multiply.product(weight, x, None)
+        assert largest_error(without_bias, exact - bias.double()) <= 2 * rounding
+
+
+def test_only_what_a_kernel_can_multiply_is_taken_from_torch():
+    weight = packed_weight("Q4_K", 8, 512)
+    assert multiply.serves(weight, torch.ones(2, 512))
+    assert multiply.serves(weight, torch.ones(1, 1, 512))
+    assert not multiply.serves(weight, torch.ones(3, 512))
+    assert not multiply.serves(weight, torch.ones(0, 512))
+    assert not multiply.serves(weight, torch.ones(1, 256))
+    assert not multiply.serves(weight, torch.ones(1, 512, dtype=torch.float64))
+    assert not multiply.serves(weight, torch.ones(1, 512, requires_grad=True))
+    assert not multiply.serves(weight.dequantize(), torch.ones(1, 512))
+    assert not multiply.serves(packed_weight("F16", 8, 512), torch.ones(1, 512))
+    # Rows that are no whole number of blocks.
+    flat = torch.from_numpy(ggml_blocks.random_blocks(FORMATS["Q4_K"], 4, "ordinary")).view(-1)
+    assert not multiply.serves(PackedTensor(flat, FORMATS["Q4_K"], (8, 128)), torch.ones(1, 128))
+    kernels.choose("Torch")
+    assert not multiply.serves(weight, torch.ones(1, 512))
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "like Forge"])
+def test_a_layer_of_one_token_gives_the_same_bits_resident_and_swapped(arithmetic, monkeypatch):
+    monkeypatch.setattr(multiply_triton, "_ROWS", 64)  # fewer programs, which the interpreter runs one by one
+    products = []
+    original = kernels.product_with_triton
+    monkeypatch.setattr(
+        kernels,
+        "product_with_triton",
+        lambda format, *rest: products.append(format) or original(format, *rest),
+    )
+    x = torch.randn((1, 512), generator=torch.Generator().manual_seed(0)).bfloat16()
+    outputs = []
+    for budget_bytes in (1 << 30, 0):
+        layers = [torch.nn.Linear(*((512, 256), (256, 512))[nth % 2]) for nth in range(6)]
+        for layer in layers:
+            packed = packed_weight("Q4_K", *layer.weight.shape)
+            layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+            layer.bias = torch.nn.Parameter(torch.ones(layer.out_features), requires_grad=False)
+        model = torch.nn.Sequential(*layers)
+        attachment = attach(
+            model,
+            device="cpu",
+            location="cpu",
+            budget_bytes=budget_bytes,
+            arithmetic=arithmetic,
+            compute_dtype=torch.bfloat16,
+        )
+        resident = {layer.resident is not None for layer in attachment.layers}
+        assert resident == {budget_bytes > 0}
+        with torch.no_grad():
+            outputs.append(model(x))
+        attachment.detach()
+    assert_same_bits(*outputs)
+    assert len(products) == (12 if arithmetic == "exact" else 0)

@@ -1,0 +1,177 @@
+"""Which kernel unpacks: what the user chose, what the device has, and what has failed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import ggml_blocks
+import pytest
+import torch
+
+from lib_qswap.quant import kernels
+from lib_qswap.quant.formats import FORMATS
+from lib_qswap.quant.unpack import unpack
+
+Q4_K = FORMATS["Q4_K"]
+
+
+class FakeKernel:
+    """Stands in for a Triton kernel, on the CPU."""
+
+    alignment = 4
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.calls = 0
+
+    def unpack(self, packed, out, block_elements):
+        self.calls += 1
+        if self.error is not None:
+            raise self.error
+        out.fill_(self.calls)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What kernels report, with nothing chosen, nothing failed and nothing said before."""
+    messages = []
+    monkeypatch.setattr(kernels, "_choice", "Auto")
+    monkeypatch.setattr(kernels, "_given_up", set())
+    monkeypatch.setattr(kernels, "_listener", messages.append)
+    kernels._say_once.cache_clear()
+    yield messages
+    kernels._say_once.cache_clear()
+
+
+@pytest.fixture
+def served(told, monkeypatch):
+    """Triton serves the CPU; returns a function that puts a kernel there for every type."""
+    monkeypatch.setattr(kernels, "why_not_triton", lambda device_type: None)
+
+    def put(kernel):
+        monkeypatch.setattr(kernels, "load", lambda format: kernel)
+        return kernel
+
+    return put
+
+
+def some_blocks():
+    return torch.from_numpy(ggml_blocks.random_blocks(Q4_K, 8, "ordinary"))
+
+
+def unpacked(**how):
+    return unpack(Q4_K, some_blocks(), torch.empty(8, 256, dtype=torch.float16), **how)
+
+
+def test_triton_unpacks_where_it_serves_the_device(served):
+    served(FakeKernel())
+    assert (unpacked() == 1).all()
+    assert kernels.in_use("cpu") == "Triton"
+    kernels.choose("Triton")
+    assert (unpacked() == 2).all()
+
+
+def test_torch_unpacks_where_the_user_chose_it(served):
+    kernel = served(FakeKernel())
+    kernels.choose("Torch")
+    assert unpacked().unique().numel() > 2
+    assert kernels.in_use("cpu") == "Torch"
+    assert kernel.calls == 0
+
+
+def test_forges_order_of_operations_is_torchs_alone(served):
+    kernel = served(FakeKernel())
+    unpacked(arithmetic="like Forge")
+    assert kernel.calls == 0
+
+
+def test_a_kernel_that_fails_is_replaced_for_good_with_one_message(told, served):
+    kernel = served(FakeKernel(RuntimeError("no C compiler\nand a traceback")))
+    for _ in range(3):
+        assert unpacked().unique().numel() > 2
+    assert kernel.calls == 1
+    assert len(told) == 1
+    assert "Q4_K" in told[0]
+    assert "RuntimeError: no C compiler" in told[0]
+    assert "traceback" not in told[0]
+    assert kernels.in_use("cpu") == "Triton, Torch for Q4_K"
+    # Others go on.
+    served(FakeKernel())
+    q8_0 = FORMATS["Q8_0"]
+    blocks = torch.from_numpy(ggml_blocks.random_blocks(q8_0, 8, "ordinary"))
+    assert (unpack(q8_0, blocks, torch.empty(8, 32)) == 1).all()
+
+
+def test_a_kernel_whose_module_cannot_be_imported_is_replaced_as_well(told, served, monkeypatch):
+    def broken(format):
+        raise ImportError("libtriton.so: wrong ELF class")
+
+    monkeypatch.setattr(kernels, "load", broken)
+    assert unpacked().isfinite().all()
+    assert len(told) == 1
+    assert "wrong ELF class" in told[0]
+
+
+def test_a_type_without_a_kernel_is_torchs_and_no_failure(told, served):
+    served(None)
+    assert unpacked().isfinite().all()
+    assert told == []
+    assert kernels.in_use("cpu") == "Triton"
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_a_device_that_triton_does_not_serve_is_torchs_silently_unless_triton_was_chosen(told, device):
+    assert kernels.in_use(device) == "Torch"
+    unpacked()
+    assert told == []
+    kernels.choose("Triton")
+    assert kernels.in_use(device) == "Torch"
+    unpacked()
+    unpacked()
+    assert len(told) == 1
+    assert "does not serve cpu" in told[0]
+
+
+@pytest.mark.parametrize("broken", ["None", "types.SimpleNamespace(__version__='2.3.1')"])
+def test_without_a_triton_that_is_new_enough_torch_unpacks_on_a_gpu(broken):
+    code = (
+        f"import sys, types; sys.modules['triton'] = {broken};"
+        "from lib_qswap.quant import kernels; print(kernels.in_use('cuda'), kernels.why_not_triton('cuda'))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert answer.startswith("Torch ")
+    assert ("cannot be imported" in answer) or ("2.3.1 is too old" in answer)
+
+
+def test_importing_the_package_and_unpacking_on_the_cpu_does_not_import_triton():
+    code = (
+        "import sys, torch; before = 'triton' in sys.modules;"
+        "from lib_qswap.quant.formats import FORMATS; from lib_qswap.quant.unpack import unpack;"
+        "import lib_qswap.swap.manager;"
+        "unpack(FORMATS['Q8_0'], torch.zeros(34, dtype=torch.uint8), torch.empty(32));"
+        "assert ('triton' in sys.modules) == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_page_shows_what_a_kernel_reports():
+    code = (
+        "from lib_qswap.swap import ledger; from lib_qswap.quant import kernels;"
+        "kernels._say_once('Triton cannot unpack Q4_K here'); print(ledger.snapshot()['messages'])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "Triton cannot unpack Q4_K here" in answer
+    assert "'level': 'warning'" in answer
+
+
+def test_every_ggml_type_of_blocks_that_torch_unpacks_has_a_triton_kernel():
+    pytest.importorskip("triton")
+    missing = [
+        row.name
+        for row in FORMATS.values()
+        if row.unpack and row.dtype is None and row.ggml_id is not None and kernels.load(row) is None
+    ]
+    assert missing == []
+    assert kernels.load(FORMATS["F16"]) is None
+    assert kernels.load(FORMATS["I32"]) is None
