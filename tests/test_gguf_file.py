@@ -466,7 +466,8 @@ def test_a_header_that_cannot_be_is_refused_with_the_field(write, content, says)
         ([Tensor("a", (1,) * 9, "F32")], "tensor a (dimension count): 9"),
         ([Tensor("a", (4, 0), "F32")], "tensor a (dimensions)"),
         ([Tensor("a", type=99)], "tensor a (type): type id 99 is unknown"),
-        ([Tensor("a", type=4)], "tensor a (type): type id 4 is unknown"),
+        ([Tensor("a", type=4)], "tensor a (type): Q4_2 (type id 4) is no longer part of GGUF"),
+        ([Tensor("a", type=31)], "tensor a (type): Q4_0_4_4 (type id 31) is no longer part of GGUF"),
         ([Tensor("a", (2, 255), "Q4_K", bytes(288))], "tensor a (shape): rows of 255"),
         ([Tensor("a", (2**32, 2**32), "F32", b"")], "tensor a (offset)"),
         ([Tensor("a", (2**63, 2**63, 2**63), "I8", b"")], "tensor a (offset)"),
@@ -483,6 +484,17 @@ def test_a_tensor_that_cannot_be_is_refused_with_its_name_and_field(write, tenso
 
 def test_an_unknown_type_says_what_to_do(write):
     assert "update QSwap" in error_of(write(gguf_bytes([Tensor("a", type=99)])))
+
+
+def test_a_type_that_nothing_unpacks_is_named_when_its_tensor_is_asked_for(write):
+    q8_1 = 9
+    content = gguf_bytes([Tensor("fine"), Tensor("blocks.0.odd", (1, 256), q8_1, bytes(320))])
+    file = open_gguf(write(content))
+    assert file["fine"].ggml_type == "Q4_K"
+    with pytest.raises(
+        GGUFError, match=r"tensor blocks\.0\.odd \(type\): Q8_1 .* take a file of another type"
+    ):
+        dict(file)
 
 
 def test_a_big_endian_file_says_how_to_convert_it(write):

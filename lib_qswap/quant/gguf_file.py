@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .formats import Format, by_ggml_id
+from .formats import WITHDRAWN, Format, by_ggml_id
 from .gguf_header import MAX_DIMENSIONS, Header, RawTensor, read_header
 from .mapped_file import FileSlice, GGUFError, MappedFile
 from .packed import PackedTensor
@@ -51,7 +51,8 @@ class GGUFFile(Mapping[str, PackedTensor]):
         tensors: what the header says of each tensor.
         file: the map, for `check_unchanged`.
 
-    Quantized tensors have the logical dtype fp16, plain ones their own; `.to(dtype)` gives another.
+    Quantized tensors have the logical dtype fp16, plain ones their own; `.to(dtype)` gives another. Asking
+    for a tensor of a type that nothing unpacks raises GGUFError.
     """
 
     def __init__(self, file: MappedFile, header: Header) -> None:
@@ -64,6 +65,11 @@ class GGUFFile(Mapping[str, PackedTensor]):
 
     def __getitem__(self, name: str) -> PackedTensor:
         info = self._by_name[name]
+        if info.format.unpack is None:
+            raise GGUFError(
+                f"{self.path}: tensor {name} (type): {info.format.name} is no type for weights, and nothing"
+                " unpacks it: take a file of another type, or quantize the model again (to Q8_0, say)"
+            )
         source = FileSlice(self.file, info.offset, info.nbytes)
         # Tensors made in inference mode could not be used outside it.
         with torch.inference_mode(False):
@@ -136,6 +142,12 @@ def _locate(file: MappedFile, header: Header, raw: RawTensor) -> TensorInfo:
         return GGUFError(f"{file.path}: tensor {raw.name} ({field}): {message}")
 
     format = by_ggml_id(raw.ggml_id)
+    if format is None and raw.ggml_id in WITHDRAWN:
+        raise error(
+            "type",
+            f"{WITHDRAWN[raw.ggml_id]} (type id {raw.ggml_id}) is no longer part of GGUF: take a file of"
+            " another type, or quantize the model again with current tools",
+        )
     if format is None:
         raise error(
             "type",
