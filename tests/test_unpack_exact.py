@@ -8,6 +8,7 @@ import ggml_blocks
 import numpy as np
 import pytest
 import torch
+from bnb_checkpoint import TABLES
 
 import lib_qswap.quant.unpack as unpacking
 from lib_qswap.quant.formats import FORMATS
@@ -25,14 +26,6 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(unpacking, "_CHUNK_ELEMENTS", 8192)
 
 
-# As published with QLoRA (appendix E), and as numbers of one sign, two exponent bits and one mantissa bit.
-NF4 = [
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-]  # fmt: skip
-FP4 = [sign * value for sign in (1, -1) for value in (0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4)]
 PLAIN_OF_NUMPY = {"F64": "f8", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8"}
 
 
@@ -44,7 +37,7 @@ def reference(format, blocks: np.ndarray) -> torch.Tensor:
     if format.name.startswith("F8_"):
         return torch.from_numpy(fp8_values(format.name)[blocks])
     if format.name.startswith("BNB_"):
-        table = np.array(NF4 if format.name == "BNB_NF4" else FP4, np.float32) + np.float32(0)
+        table = TABLES[format.name.removeprefix("BNB_").lower()]
         nibbles = np.stack((blocks[:, 4:] >> 4, blocks[:, 4:] & 0x0F), -1).reshape(count, 64)
         return torch.from_numpy(table[nibbles] * blocks[:, :4].copy().view(np.float32))
     if format.name == "Q1_0":
