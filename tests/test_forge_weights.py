@@ -250,3 +250,25 @@ def test_fp8_that_does_not_fit_is_swapped_and_scaled_as_forge_does_it(forge, ari
     attachment = forge.qswap("managed").attachment_of(patcher.model)
     assert 0 < attachment.resident_bytes < attachment.payload_bytes
     assert swap_models.masters(patcher.model) == before
+
+
+def test_a_bnb_model_that_fails_while_it_is_packed_still_computes_in_forge(
+    forge, bnb_model, device_that_is_no_cpu
+):
+    from lib_qswap.swap import ledger
+
+    patcher, x = bnb_model(torch.bfloat16), inputs(3, torch.bfloat16)
+    expected = run(patcher, x)
+    weight = patcher.model.diffusion_model.layers[3].weight
+    weight.quant_state.absmax, absmax = weight.quant_state.absmax[1:], weight.quant_state.absmax
+    loaded = []
+    forge.memory_management.LoadedModel.model_load = lambda self, budget=-1: loaded.append(budget)
+    forge.memory_management.module_size = lambda *args, **kwargs: 1 << 30
+    forge.free_bytes = 1 << 29
+    balance(forge, patcher)
+    assert loaded == [1 << 29]
+    (reason,) = [entry["reason"] for entry in ledger.snapshot()["models"] if "reason" in entry]
+    assert "nested statistics" in reason or "scales, not" in reason
+    weight.quant_state.absmax = absmax
+    assert forge.qswap("managed").has_packed_weights(patcher.model)  # some of its weights
+    assert torch.equal(run(patcher, x), expected)
