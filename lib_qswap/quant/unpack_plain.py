@@ -62,7 +62,7 @@ def _rounded_to_odd(values: Tensor) -> Tensor:
     rounded = values.float()
     bits = rounded.view(torch.int32)
     # Away from zero by rounding: the neighbour towards zero has the next lower bits, in either sign.
-    bits.sub_((rounded.double().abs_() > values.abs()).int())
+    bits.sub_((rounded.double().abs_() > values.clone().abs_()).int())
     return bits.bitwise_or_((rounded.double() != values).int()).view(torch.float32)
 
 
