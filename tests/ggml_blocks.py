@@ -1,4 +1,4 @@
-"""Blocks of every GGML type for tests: random bytes, the same on every machine, with chosen fp16 scales."""
+"""Blocks of every format for tests: random bytes, the same on every machine, with chosen scales."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ HALF_OFFSETS = {
 # Zero, the smallest and largest subnormal, the smallest and largest normal number, 1 and 1/3, in both signs.
 _EDGES = np.array([0x0000, 0x0001, 0x03FF, 0x0400, 0x7BFF, 0x3C00, 0x3555], np.uint16)
 EDGE_SCALES = np.concatenate((_EDGES, _EDGES | 0x8000))
+# The same of fp32; absmax has no sign.
+EDGE_ABSMAX = np.array([0, 1, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0x3F800000, 0x3EAAAAAB], np.uint32)
 
 
 def random_blocks(format: Format, count: int, scales: str = "any", seed: int = 0) -> np.ndarray:
@@ -42,11 +44,29 @@ def random_blocks(format: Format, count: int, scales: str = "any", seed: int = 0
         blocks[:, 0] = {"zero": 0, "ordinary": 120}.get(scales, blocks[:, 0] % 250)
     if format.name == "NVFP4" and scales in ("zero", "ordinary"):
         blocks[:, :4] = 0 if scales == "zero" else 0x20
-    if format.name in ("F32", "BF16"):  # finite: not all exponent bits set
+    if format.name in ("F32", "BF16", "F8_E4M3", "F8_E5M2"):  # finite: not all exponent bits set
         blocks[:, -1] &= 0xBF
+    if format.name == "F64":  # finite in fp32: exponents of -127 to 0
+        wide = blocks.view(np.uint64)
+        wide[:] = wide & 0x87FFFFFFFFFFFFFF | 0x3800000000000000
+    if format.name.startswith("BNB_"):
+        absmax = blocks[:, :4].copy().view(np.uint32)[:, 0]
+        blocks[:, :4] = _absmax(absmax, scales).view(np.uint8).reshape(count, 4)
     if format.name == "Q8_K":
         blocks[:, :4] = np.frombuffer(np.float32(0 if scales == "zero" else 0.01).tobytes(), np.uint8)
     return blocks
+
+
+def _absmax(random: np.ndarray, scales: str) -> np.ndarray:
+    """fp32 numbers of no sign as uint32."""
+    if scales == "zero":
+        return np.zeros_like(random)
+    if scales == "edge":
+        return EDGE_ABSMAX[np.arange(len(random)) % len(EDGE_ABSMAX)]
+    if scales == "ordinary":
+        return (random / 2**32 * 0.01 + 0.001).astype(np.float32).view(np.uint32)
+    infinite = random & 0x7F800000 == 0x7F800000
+    return np.where(infinite, random & 0x3FFFFFFF, random & 0x7FFFFFFF).astype(np.uint32)
 
 
 def _halves(random: np.ndarray, scales: str, position: int) -> np.ndarray:

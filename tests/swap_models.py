@@ -155,6 +155,7 @@ def clean_engine():
         planner.SEARCH_EFFORT = effort
         for attachment in ledger.attachments():
             attachment.detach()
+        ledger._notes.clear()
         workers = [t for t in threading.enumerate() if t not in before and t.name == "qswap-copier"]
         for state in device_state._states.values():
             state.fit()

@@ -1,11 +1,11 @@
-"""The table of GGML types, row by row."""
+"""The table of formats, row by row."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lib_qswap.quant.formats import FORMATS, by_ggml_id
+from lib_qswap.quant.formats import FORMATS, WITHDRAWN, by_ggml_id, scaled
 
 ROWS = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.keys())
 
@@ -17,7 +17,11 @@ def test_every_type_of_gguf_py_has_its_number_and_block_size():
         for kind in gguf.GGMLQuantizationType
         if kind in gguf.GGML_QUANT_SIZES
     }
-    table = {row.name: (row.ggml_id, row.block_elements, row.block_bytes) for row in FORMATS.values()}
+    table = {
+        row.name: (row.ggml_id, row.block_elements, row.block_bytes)
+        for row in FORMATS.values()
+        if row.ggml_id is not None
+    }
     assert table == {name: published[name] for name in table}
     assert {name for name in published if name not in table} == set()
 
@@ -28,6 +32,8 @@ def test_every_type_that_gguf_py_dequantizes_is_unpacked():
 
     missing = []
     for row in FORMATS.values():
+        if row.ggml_id is None:
+            continue
         try:
             gguf.quants.dequantize(
                 np.zeros((1, row.block_bytes), np.uint8), gguf.GGMLQuantizationType[row.name]
@@ -41,17 +47,25 @@ def test_every_type_that_gguf_py_dequantizes_is_unpacked():
 
 def test_the_types_that_forge_rounds_can_be_unpacked_like_forge():
     like_forge = {row.name for row in FORMATS.values() if row.unpack_like_forge is not None}
-    # Forge's eleventh type, BF16, is exact in both arithmetics.
-    assert like_forge == {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
+    # Forge's eleventh GGML type, BF16, is exact in both arithmetics.
+    of_ggml = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
+    assert like_forge == of_ggml | {"BNB_NF4", "BNB_FP4"}
+
+
+def test_only_activations_have_a_type_that_nothing_unpacks():
+    assert [row.name for row in FORMATS.values() if row.unpack is None] == ["Q8_1"]
 
 
 @ROWS
 def test_a_row_is_found_by_its_number_in_a_file(format):
-    assert by_ggml_id(format.ggml_id) is format
+    if format.ggml_id is None:
+        assert format.name in {"F8_E4M3", "F8_E5M2", "BNB_NF4", "BNB_FP4"}
+    else:
+        assert by_ggml_id(format.ggml_id) is format
     assert FORMATS[format.name] is format
 
 
-@pytest.mark.parametrize("ggml_id", [4, 5, 31, 36, 10_000, -1])
+@pytest.mark.parametrize("ggml_id", [*WITHDRAWN, 10_000, -1])
 def test_a_number_without_a_type_finds_nothing(ggml_id):
     assert by_ggml_id(ggml_id) is None
 
@@ -74,6 +88,22 @@ def test_a_plain_type_is_one_element_of_its_dtype(format):
     else:
         assert format.block_elements == 1
         assert format.block_bytes == torch.empty((), dtype=format.dtype).element_size()
+
+
+def test_every_number_up_to_the_largest_is_a_type_or_was_one():
+    known = {row.ggml_id for row in FORMATS.values()} - {None}
+    assert sorted({*known, *WITHDRAWN}) == list(range(max(known) + 1))
+
+
+def test_a_scale_makes_a_format_of_its_own_and_the_same_one_every_time():
+    format = scaled("F8_E4M3", 0.25)
+    assert (format.name, format.scale, format.dtype, format.packed_bytes(7)) == ("F8_E4M3", 0.25, None, 7)
+    assert scaled("F8_E4M3", 0.25) is format
+    assert scaled("F8_E4M3", 0.5) is not format
+    assert scaled("F8_E4M3", 1.0) is FORMATS["F8_E4M3"]
+    assert scaled("Q4_K", 1.0) is FORMATS["Q4_K"]
+    with pytest.raises(ValueError, match="Q4_K takes no scale"):
+        scaled("Q4_K", 0.5)
 
 
 def test_the_table_cannot_be_changed():

@@ -424,6 +424,17 @@ def test_a_long_text_is_read_when_it_is_asked_for(write):
     assert str(value) == text
 
 
+def test_a_type_that_nothing_unpacks_is_named_when_its_tensor_is_asked_for(write):
+    q8_1 = 9
+    content = gguf_bytes([Tensor("fine"), Tensor("blocks.0.odd", (1, 256), q8_1, bytes(320))])
+    file = open_gguf(write(content))
+    assert file["fine"].ggml_type == "Q4_K"
+    with pytest.raises(
+        GGUFError, match=r"tensor blocks\.0\.odd \(type\): Q8_1 .* take a file of another type"
+    ):
+        dict(file)
+
+
 # -- The report ----------------------------------------------------------------------------------------------
 
 

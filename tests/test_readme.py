@@ -10,6 +10,7 @@ import pytest
 
 from lib_qswap import cli
 from lib_qswap.forge.settings import OPTIONS
+from lib_qswap.quant.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -55,6 +56,20 @@ def test_the_table_of_swap_locations_has_every_choice():
     assert [cell for cell in first_cells if cell in OPTIONS["qswap_location"].choices] == list(
         OPTIONS["qswap_location"].choices
     )
+
+
+def test_the_table_of_formats_has_every_format_and_says_whether_it_is_unpacked():
+    rows = [
+        row for row in table_rows(section("Formats")) if row[0].partition(",")[0].partition(" ")[0] in FORMATS
+    ]
+    unpacked = {
+        name: row[1:3]
+        for row in rows
+        for name in re.findall(r"\b[A-Z]+[0-9A-Z_]*\b", row[0])
+        if name in FORMATS
+    }
+    yes_or_no = {name: ["no" if row.unpack is None else "yes"] * 2 for name, row in FORMATS.items()}
+    assert unpacked == yes_or_no
 
 
 def test_every_command_of_the_command_line_is_in_its_table():

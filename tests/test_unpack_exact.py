@@ -8,6 +8,7 @@ import ggml_blocks
 import numpy as np
 import pytest
 import torch
+from bnb_checkpoint import TABLES
 
 import lib_qswap.quant.unpack as unpacking
 from lib_qswap.quant.formats import FORMATS
@@ -25,9 +26,20 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(unpacking, "_CHUNK_ELEMENTS", 8192)
 
 
+PLAIN_OF_NUMPY = {"F64": "f8", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8"}
+
+
 def reference(format, blocks: np.ndarray) -> torch.Tensor:
     """What gguf-py makes of the blocks, fp32 (n, block_elements); by formula for types that it lacks."""
     count = len(blocks)
+    if format.name in PLAIN_OF_NUMPY:
+        return torch.from_numpy(blocks.view(PLAIN_OF_NUMPY[format.name]).astype(np.float32))
+    if format.name.startswith("F8_"):
+        return torch.from_numpy(fp8_values(format.name)[blocks])
+    if format.name.startswith("BNB_"):
+        table = TABLES[format.name.removeprefix("BNB_").lower()]
+        nibbles = np.stack((blocks[:, 4:] >> 4, blocks[:, 4:] & 0x0F), -1).reshape(count, 64)
+        return torch.from_numpy(table[nibbles] * blocks[:, :4].copy().view(np.float32))
     if format.name == "Q1_0":
         bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(np.float32)
         return torch.from_numpy((2 * bits - 1) * blocks[:, :2].copy().view(np.float16).astype(np.float32))
@@ -37,6 +49,22 @@ def reference(format, blocks: np.ndarray) -> torch.Tensor:
     gguf = pytest.importorskip("gguf")
     values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[format.name])
     return torch.from_numpy(np.array(values).reshape(count, format.block_elements))
+
+
+def fp8_values(name: str) -> np.ndarray:
+    """fp32 (256,): what each byte stands for, by the definition of E4M3 (without infinities) and of E5M2."""
+    mantissa_bits, bias = {"F8_E4M3": (3, 7), "F8_E5M2": (2, 15)}[name]
+    values = []
+    for byte in range(256):
+        exponent, mantissa = (byte & 0x7F) >> mantissa_bits, byte & (1 << mantissa_bits) - 1
+        fraction = mantissa / (1 << mantissa_bits)
+        value = (1 + fraction) * 2.0 ** (exponent - bias) if exponent else fraction * 2.0 ** (1 - bias)
+        if name == "F8_E4M3" and byte & 0x7F == 0x7F:
+            value = np.nan
+        if name == "F8_E5M2" and exponent == 31:
+            value = np.nan if mantissa else np.inf
+        values.append(-value if byte & 0x80 else value)
+    return np.array(values, np.float32)
 
 
 def unpacked(format, blocks: np.ndarray, dtype=torch.float32, **arithmetic) -> torch.Tensor:
@@ -62,8 +90,20 @@ def test_values_are_those_of_gguf_py_bit_for_bit_and_rounded_once(format, scales
     if scales in ("any", "ordinary"):
         assert expected.unique().numel() > 2 or format.name == "Q1_0"
     assert_same_bits(unpacked(format, blocks), expected)
+    if format.name in ("F64", "I32", "I64"):
+        return  # fp32 is not what the halves are rounded from: see test_unpack_plain
     for dtype in (torch.float16, torch.bfloat16):
         assert_same_bits(unpacked(format, blocks, dtype), expected.to(dtype))
+
+
+@EVERY_TYPE
+def test_the_first_and_the_last_block_of_a_tensor_are_what_they_are_alone(format, small_chunks):
+    blocks = ggml_blocks.random_blocks(format, 8192 // format.block_elements * 3 + 1, "ordinary")
+    values = unpacked(format, blocks, torch.bfloat16)
+    for place in (0, -1):
+        alone = unpacked(format, blocks[[place]], torch.bfloat16)
+        assert_same_bits(values[[place]], alone)
+        assert_same_bits(unpacked(format, blocks[[place]]), reference(format, blocks[[place]]))
 
 
 @EVERY_TYPE

@@ -114,9 +114,9 @@ def status() -> dict[str, Any]:
 
 
 def _all_patches() -> list[Patch]:
-    from . import controls, forward, loading, lora, memory
+    from . import bnb, controls, forward, loading, lora, memory
 
-    return [patch for part in (loading, forward, memory, lora, controls) for patch in part.patches()]
+    return [patch for part in (loading, forward, bnb, memory, lora, controls) for patch in part.patches()]
 
 
 def _switch(on: bool) -> None:

@@ -63,7 +63,8 @@ def _weights_manual_cast(
                 computation_dtype=packed.dtype,
             )
         if scale is not None:
-            weight = weight * scale.to(weight.dtype)
+            scaled = attachment.state.scratch.view(weight.shape, weight.dtype)
+            weight = torch.mul(weight, scale.to(weight.dtype), out=scaled)
         bias = plain_bias if skip_bias_dtype else _cast(plain_bias, x)
         return _with_lora(layer, "weight", weight, packed), _with_lora(layer, "bias", bias, plain_bias), lease
     except BaseException:

@@ -27,6 +27,9 @@ def _add_patches(original: Any, self: Any, *, online_mode: bool = False, **kwarg
 
 
 def _refresh_loras(original: Any, self: Any) -> None:
+    if managed.has_packed_weights(self.model):
+        # Those that came before the weights were packed were to be merged.
+        self.lora_patches = {(*key[:3], True): patches for key, patches in self.lora_patches.items()}
     attachment = managed.attachment_of(self.model)
     if attachment is None or str(list(self.lora_patches.keys())) == self.lora_loader.loaded_hash:
         original(self)

@@ -45,10 +45,6 @@ def has_packed_weights(model: torch.nn.Module) -> bool:
     return any(isinstance(parameter, PackedTensor) for parameter in model.parameters())
 
 
-def is_bnb(model: torch.nn.Module) -> bool:
-    return any(hasattr(parameter, "bnb_quantized") for parameter in model.parameters())
-
-
 def attach_engine(engine: Any) -> None:
     """A checkpoint was loaded: its packed models come under care at once, so that the page shows them before
     they run."""
@@ -211,7 +207,7 @@ def release_all() -> None:
 
 def wants_care(patcher: Any) -> bool:
     """Whether QSwap serves this model whether or not it fits."""
-    if patcher.load_device.type == "cpu" or is_bnb(patcher.model) or patcher.model in _refused:
+    if patcher.load_device.type == "cpu" or patcher.model in _refused:
         return False
     return patcher.model in _attachments or has_packed_weights(patcher.model)
 

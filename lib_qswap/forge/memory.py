@@ -18,7 +18,7 @@ from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap import ledger
 from lib_qswap.swap.manager import Attachment
 
-from . import controls, managed, settings
+from . import bnb, controls, managed, settings
 from .patches import Patch
 
 MARGIN_BYTES = 64 << 20
@@ -219,8 +219,13 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
     _make_room(need + inference_bytes, device, keep)
     available = mm.get_free_memory(device) - inference_bytes
     if attachment is None:
-        if need <= available or managed.is_bnb(patcher.model):
-            _leave_to_host(patcher, loaded, keep)
+        is_bnb = bnb.is_bnb(patcher.model)
+        if need <= available:
+            packed = "is computed by bitsandbytes" if is_bnb else "has no packed weights"
+            _leave_to_host(patcher, loaded, keep, f"fits whole and {packed}")
+            return
+        if is_bnb and (reason := bnb.refusal(patcher)):
+            _leave_to_host(patcher, loaded, keep, reason, int(max(0, available)))
             return
         if loaded is not None:  # It was whole on the device, and this pass needs the room.
             mm.current_loaded_models.remove(loaded)
@@ -228,6 +233,9 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
             loaded.model_unload()
             loaded = None
             available = mm.get_free_memory(device) - inference_bytes
+        if is_bnb and (reason := _taking_over_fails(patcher)):
+            _leave_to_host(patcher, None, keep, reason, int(max(0, available)))
+            return
         attachment = managed.attachment_for(patcher)
     budget = _limited(available + _own_bytes(attachment))
     try:
@@ -255,6 +263,16 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
     mm.current_loaded_models.insert(0, loaded)
 
 
+def _taking_over_fails(patcher: Any) -> str | None:
+    """Packs the weights of bitsandbytes; returns why it could not be done. Forge can go on with those packed
+    before."""
+    try:
+        bnb.take_over(patcher)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def _wake(attachment: Attachment, budget_bytes: int) -> None:
     try:
         attachment.wake()
@@ -262,8 +280,8 @@ def _wake(attachment: Attachment, budget_bytes: int) -> None:
         attachment.rebalance(budget_bytes)
 
 
-def _leave_to_host(patcher: Any, loaded: Any, keep: list[Any]) -> None:
-    """Forge's own path: the whole model onto the device."""
+def _leave_to_host(patcher: Any, loaded: Any, keep: list[Any], reason: str, budget_bytes: int = -1) -> None:
+    """Forge's own path: the whole model onto the device, or as much of it as Forge puts into the budget."""
     from backend import memory_management as mm
 
     name = type(patcher.model).__name__
@@ -271,12 +289,9 @@ def _leave_to_host(patcher: Any, loaded: Any, keep: list[Any]) -> None:
         mm.current_loaded_models.remove(loaded)
     else:
         loaded = mm.LoadedModel(patcher)
-        loaded.model_load(-1)
+        loaded.model_load(budget_bytes)
         keep.append(loaded)
     mm.current_loaded_models.insert(0, loaded)
-    reason = (
-        "bitsandbytes weights" if managed.is_bnb(patcher.model) else "fits whole and has no packed weights"
-    )
     ledger.note_unmanaged(name, f"left to Forge: {reason}")
 
 

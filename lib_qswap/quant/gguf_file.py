@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .formats import Format, by_ggml_id
+from .formats import WITHDRAWN, Format, by_ggml_id
 from .gguf_header import MAX_DIMENSIONS, Header, RawTensor
 from .gguf_split import Part, open_parts
 from .mapped_file import FileSlice, GGUFError, MappedFile
@@ -52,7 +52,8 @@ class GGUFFile(Mapping[str, PackedTensor]):
         tensors: what the headers say of each tensor.
         files: the maps, one for each part. alignments: of the tensors in each, bytes.
 
-    Quantized tensors have the logical dtype fp16, plain ones their own; `.to(dtype)` gives another.
+    Quantized tensors have the logical dtype fp16, plain ones their own; `.to(dtype)` gives another. Asking
+    for a tensor of a type that nothing unpacks raises GGUFError.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -67,6 +68,11 @@ class GGUFFile(Mapping[str, PackedTensor]):
     def __getitem__(self, name: str) -> PackedTensor:
         info = self._by_name[name]
         file = self.files[info.part]
+        if info.format.unpack is None:
+            raise GGUFError(
+                f"{file.path}: tensor {name} (type): {info.format.name} is no type for weights, and nothing"
+                " unpacks it: take a file of another type, or quantize the model again (to Q8_0, say)"
+            )
         source = FileSlice(file, info.offset, info.nbytes)
         # Tensors made in inference mode could not be used outside it.
         with torch.inference_mode(False):
@@ -138,6 +144,12 @@ def _locate(
         return GGUFError(f"{file.path}: tensor {raw.name} ({field}): {message}")
 
     format = by_ggml_id(raw.ggml_id)
+    if format is None and raw.ggml_id in WITHDRAWN:
+        raise error(
+            "type",
+            f"{WITHDRAWN[raw.ggml_id]} (type id {raw.ggml_id}) is no longer part of GGUF: take a file of"
+            " another type, or quantize the model again with current tools",
+        )
     if format is None:
         raise error(
             "type",

@@ -96,7 +96,7 @@ def _problems(file: GGUFFile) -> Iterator[str]:
         yield "general.architecture is missing: a host has to guess the model from the names of its tensors."
     locked: dict[str, list[str]] = {}
     for info in file.tensors:
-        if info.format.unpack is None and info.format.dtype is None:
+        if info.format.unpack is None:
             locked.setdefault(info.format.name, []).append(info.name)
     for name, names in locked.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""

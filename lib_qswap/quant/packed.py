@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .formats import FORMATS, Format
+from .formats import Format, scaled
 from .unpack import Arithmetic, unpack
 
 if TYPE_CHECKING:
@@ -49,12 +49,12 @@ class PackedTensor(torch.Tensor):
     """A weight in its quantized bytes; immutable.
 
     Tensor data:
-        packed: uint8, contiguous, exactly the bytes of the file. Shape (rows, bytes per row), where rows is
-        the
-            product of all logical dimensions but the last, or flat when a row is no whole number of blocks.
+        packed: uint8, contiguous, exactly the bytes of the file (of bitsandbytes' types: those of its two
+            tensors, put together by `bnb_weight`). Shape (rows, bytes per row), where rows is the product of
+            all logical dimensions but the last, or flat when a row is no whole number of blocks.
 
     Attributes:
-        format: the GGML type, a row of `formats.FORMATS`.
+        format: a row of `formats.FORMATS`, or what `formats.scaled` makes of one.
         source: where in which file the same bytes are; None when they came from elsewhere or were copied.
 
     Raises ValueError when `packed` is not what `format` needs for `shape`.
@@ -87,7 +87,7 @@ class PackedTensor(torch.Tensor):
 
     @property
     def ggml_type(self) -> str:
-        """The format's name, as the GGUF specification spells it: "Q4_K"."""
+        """The format's name, as the table of formats spells it: "Q4_K", "F8_E4M3", "BNB_NF4"."""
         return self.format.name
 
     @property
@@ -119,7 +119,9 @@ class PackedTensor(torch.Tensor):
                 f"dequantize(out=...): a contiguous tensor of shape {tuple(self.shape)}"
                 f" and dtype {dtype or out.dtype} is needed, not {tuple(out.shape)} of {out.dtype}"
             )
-        if self.format.dtype is not None:  # the bytes are the values, in either arithmetic
+        if self.format.dtype is not None and (
+            out.dtype == self.format.dtype or out.dtype not in _UNPACKED_DTYPES
+        ):  # the bytes are the values, in either arithmetic
             return out.copy_(self.packed.view(-1).view(self.format.dtype).view(self.shape))
         how: dict[str, Any] = {"arithmetic": arithmetic, "computation_dtype": computation_dtype}
         if out.dtype in _UNPACKED_DTYPES:
@@ -158,19 +160,19 @@ class PackedTensor(torch.Tensor):
                     return _compute(func, args, kwargs)
         return _compute(func, args, kwargs)
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[str, torch.dtype]]:
-        return ["packed"], (self.format.name, self.dtype)
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[str, float, torch.dtype]]:
+        return ["packed"], (self.format.name, self.format.scale, self.dtype)
 
     @classmethod
     def __tensor_unflatten__(
         cls,
         inner_tensors: dict[str, Tensor],
-        context: tuple[str, torch.dtype],
+        context: tuple[str, float, torch.dtype],
         outer_size: Sequence[int],
         outer_stride: Sequence[int],
     ) -> PackedTensor:
-        name, dtype = context
-        return cls(inner_tensors["packed"], FORMATS[name], outer_size, dtype)
+        name, scale, dtype = context
+        return cls(inner_tensors["packed"], scaled(name, scale), outer_size, dtype)
 
     @property
     def data(self) -> PackedTensor:
@@ -217,7 +219,8 @@ class PackedTensor(torch.Tensor):
         if packed.untyped_storage().nbytes() != packed.nbytes:
             packed = packed.clone()  # part of an arena: pickle these bytes only
         is_parameter = isinstance(self, torch.nn.Parameter)
-        values = (packed, self.format.name, tuple(self.shape), self.dtype, is_parameter)
+        format = (self.format.name, self.format.scale)
+        values = (packed, format, tuple(self.shape), self.dtype, is_parameter)
         return _rebuild, (type(self), *values)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -245,12 +248,12 @@ def _rows_of_blocks(packed: Tensor, format: Format, shape: torch.Size) -> Tensor
 def _rebuild(
     cls: type[PackedTensor],
     packed: Tensor,
-    name: str,
+    format: tuple[str, float],
     shape: tuple[int, ...],
     dtype: torch.dtype,
     is_parameter: bool,
 ) -> PackedTensor:
-    tensor = cls(packed, FORMATS[name], shape, dtype)
+    tensor = cls(packed, scaled(*format), shape, dtype)
     return cast(PackedTensor, torch.nn.Parameter(tensor, requires_grad=False)) if is_parameter else tensor
 
 

@@ -76,7 +76,9 @@ def _choose(
 ) -> tuple[UnpackFunction, torch.dtype | None]:
     """The function to call, and the dtype that its values are rounded to before they are cast to out's."""
     if format.unpack is None:
-        raise NotImplementedError(f"{format.name} has a known layout but no published way to unpack it.")
+        raise NotImplementedError(
+            f"{format.name} has no published way to unpack it: take a file of another type."
+        )
     if arithmetic == "exact":
         return format.unpack, None
     if arithmetic != "like Forge":
@@ -102,7 +104,8 @@ def _in_chunks(
     chunk_elements = (
         min(_CPU_CHUNK_ELEMENTS * torch.get_num_threads(), _CHUNK_ELEMENTS) if on_cpu else _CHUNK_ELEMENTS
     )
-    chunk = chunk_elements // elements
+    # Plain types compute in their own width where that is more than fp32's.
+    chunk = chunk_elements // (blocks.shape[1] if direct else elements)
     # On the CPU planes are written in fp32 and rounded in one contiguous pass: short strided ones are slow.
     written = torch.float32 if on_cpu else rounding or values.dtype
     buffer = None

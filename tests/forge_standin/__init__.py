@@ -26,6 +26,7 @@ class WebUI:
     _MODULES = (
         "backend.memory_management",
         "backend.operations",
+        "backend.operations_bnb",
         "backend.operations_gguf",
         "backend.stream",
         "backend.utils",
@@ -56,7 +57,7 @@ class WebUI:
         """Puts these `patches` functions in place of the modules of the same name in `lib_qswap.forge`; no
         patches for those not named."""
         package = importlib.import_module("lib_qswap.forge")
-        for name in ("loading", "forward", "managed", "memory", "lora"):
+        for name in ("loading", "forward", "bnb", "managed", "memory", "lora"):
             part = ModuleType(f"lib_qswap.forge.{name}")
             part.patches = patches.get(name, list)
             part.attached = []

@@ -1,5 +1,15 @@
+from enum import Enum
+
 import torch
 
+
+class VRAMState(Enum):
+    NO_VRAM = 1
+    NORMAL_VRAM = 3
+    HIGH_VRAM = 4
+
+
+vram_state = VRAMState.NORMAL_VRAM
 current_loaded_models = []
 current_inference_memory = 1024 * 1024 * 1024
 PIN_SHARED_MEMORY = False
@@ -40,6 +50,7 @@ def bake_gguf_model(model):
 class LoadedModel:
     def __init__(self, model):
         self.model = model
+        self.device = model.load_device
 
     def model_load(self, model_gpu_memory_when_using_cpu_swap=-1):
         return self.model.model

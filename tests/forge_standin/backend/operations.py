@@ -1,6 +1,7 @@
 import contextlib
 
 import torch
+from backend.operations_bnb import functional_linear_4bits
 from backend.operations_gguf import dequantize_tensor
 
 stash = {}
@@ -9,7 +10,11 @@ stash = {}
 def weights_manual_cast(
     layer, x, skip_weight_dtype=False, skip_bias_dtype=False, weight_fn=None, bias_fn=None
 ):
-    return layer.weight.to(x), None if layer.bias is None else layer.bias.to(x), None
+    weight = layer.weight.to(x.device, None if skip_weight_dtype else x.dtype)
+    scale_weight = getattr(layer, "scale_weight", None)
+    if scale_weight is not None:
+        weight = weight * scale_weight.to(weight)
+    return weight, None if layer.bias is None else layer.bias.to(x), None
 
 
 @contextlib.contextmanager
@@ -18,11 +23,37 @@ def main_stream_worker(weight, bias, signal):
 
 
 class ForgeOperations:
+    class Linear(torch.nn.Module):
+        def __init__(self, weight=None, bias=None, scale_weight=None):
+            super().__init__()
+            self.weight, self.bias, self.scale_weight = weight, bias, scale_weight
+            self.parameters_manual_cast = True
+
+        def forward(self, x):
+            weight, bias, signal = weights_manual_cast(self, x)
+            with main_stream_worker(weight, bias, signal):
+                return torch.nn.functional.linear(x, weight, bias)
+
     class Embedding(torch.nn.Embedding):
         parameters_manual_cast = False
 
         def forward(self, x):
             return super().forward(x)
+
+
+class ForgeOperationsBNB4bits(ForgeOperations):
+    class Linear(torch.nn.Module):
+        def __init__(self, weight=None, bias=None):
+            super().__init__()
+            self.weight, self.bias = weight, bias
+            self.parameters_manual_cast = False
+
+        def forward(self, x):
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return functional_linear_4bits(x, self.weight, bias)
+
+
+bnb_avaliable = True  # sic
 
 
 class ForgeOperationsGGUF(ForgeOperations):
