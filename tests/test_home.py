@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import subprocess
 import sys
 
@@ -138,6 +139,40 @@ def test_page_locked_memory_is_counted_and_given_back():
     assert budget.used_bytes == 4096, "a view still reads it"
     del memory
     assert budget.used_bytes == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory like this")
+def test_memory_that_was_freed_is_given_back_to_the_system():
+    code = """if True:
+        import ctypes
+        from lib_qswap.swap.device import give_back_freed_ram
+
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+        def resident_mb():
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1]) * 4096 >> 20
+
+        def take():
+            blocks = [libc.malloc(1 << 20) for _ in range(200)]
+            for block in blocks:
+                ctypes.memset(block, 1, 1 << 20)
+            return blocks
+
+        for block in take():  # from now on blocks of that size come from the heap
+            libc.free(block)
+        blocks = take()
+        for block in blocks[:-1]:
+            libc.free(block)
+        kept = resident_mb()
+        give_back_freed_ram()
+        print(kept - resident_mb())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert int(done.stdout) > 150
 
 
 def test_ram_that_is_short_sends_masters_to_the_file(sim, compute_mode, tmp_path, monkeypatch):

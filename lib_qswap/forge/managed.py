@@ -14,7 +14,7 @@ import torch
 
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap import ledger
-from lib_qswap.swap.device import device_of
+from lib_qswap.swap.device import device_of, give_back_freed_ram
 from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.manager import Attachment
 
@@ -48,6 +48,7 @@ def has_packed_weights(model: torch.nn.Module) -> bool:
 def attach_engine(engine: Any) -> None:
     """A checkpoint was loaded: its packed models come under care at once, so that the page shows them before
     they run."""
+    give_back_freed_ram()  # The earlier checkpoint's, and what loading this one took.
     for patcher in _patchers(engine):
         if patcher.load_device.type != "cpu" and has_packed_weights(patcher.model):
             attachment_for(patcher)
