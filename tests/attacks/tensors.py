@@ -100,10 +100,19 @@ def type_of_all_ones() -> bytes:
     return gguf_bytes([Tensor("a", type=2**32 - 1)])
 
 
-for number in (4, 5, 31, 32, 33, 36, 37, 38):  # Q4_2, Q4_3, the repacked Q4_0 and IQ4_NL
+for number, name in (
+    (4, "Q4_2"),
+    (5, "Q4_3"),
+    (31, "Q4_0_4_4"),
+    (32, "Q4_0_4_8"),
+    (33, "Q4_0_8_8"),
+    (36, "IQ4_NL_4_4"),
+    (37, "IQ4_NL_4_8"),
+    (38, "IQ4_NL_8_8"),
+):
     add(
         f"type_{number}_that_was_withdrawn",
-        f"tensor a (type): type id {number} is unknown",
+        f"tensor a (type): {name} (type id {number}) is no longer part of GGUF",
         gguf_bytes([Tensor("a", type=number)]),
     )
 
