@@ -72,7 +72,7 @@ def test_a_snapshot_is_json_and_has_what_the_page_needs(sim):
             "Q4_0",
         )
         assert first["params"] == 512 * 512 + 512
-        assert {layer["uses"] for layer in swapped} == {3}
+        assert {layer["uses"] for layer in entry["layers"]} == {3}
         memory = snapshot["device_memory"]
         assert memory["weights"] == pytest.approx(sim.memory_allocated(), abs=512 * 30)
         assert memory["total"] == 2048 << 20

@@ -93,6 +93,7 @@ class LayerTimes:
         position: when it came in the last measured forward: the number of uses before it.
         compute_s: from the start of this layer's compute to the start of the next layer's, stalls left
             out; None before it was measured.
+        uses: how often a forward has asked for its weights.
     """
 
     compute_s: float | None = None

@@ -176,6 +176,7 @@ class Streamer:
         Raises:
             OSError, GGUFError: its home can no longer be read.
         """
+        layer.times.uses += 1
         if layer.resident is not None:
             if layer.resident_ready is not None:
                 self._await(layer.resident_ready)
@@ -187,7 +188,6 @@ class Streamer:
             transfer = self._claim(layer)
             self._prefetch()
         self._await(transfer)
-        layer.times.uses += 1
         return Lease(self._parts(transfer), transfer, self)
 
     def _parts(self, transfer: Transfer) -> dict[str, torch.Tensor]:

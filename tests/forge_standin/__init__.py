@@ -8,6 +8,7 @@ import path, fresh, and takes them and QSwap's own state away again at the end.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,3 +106,8 @@ def running() -> Iterator[WebUI]:
     finally:
         sys.path.remove(str(ROOT))
         _forget()
+        # What notices.to_console set: the console's handler would speak in the tests that follow, too.
+        log = logging.getLogger("qswap")
+        log.handlers.clear()
+        log.setLevel(logging.NOTSET)
+        log.propagate = True
