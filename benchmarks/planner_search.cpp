@@ -1,0 +1,176 @@
+// A long search for the best residents of a budget: simulated annealing on a step model of its own.
+//
+// Compiled and called by planner_judge.py. All arrays are in execution order; sizes and addresses in bytes,
+// times in seconds.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+namespace {
+
+constexpr int kWarmUpSteps = 2;
+
+struct Model {
+    int count;
+    const int64_t* nbytes;
+    const double* compute_s;
+    double link_bytes_per_s;
+};
+
+// The mean of the steps after the warm-up, or more than `limit_s` as soon as it cannot be below that.
+// A slot is taken at `head`, or at 0 where it would pass the ring's end; it waits for everything that was
+// written there, or between, one round before.
+class Evaluator {
+public:
+    explicit Evaluator(const Model& model) : model_(model) {}
+
+    double step_s(const std::vector<uint8_t>& swapped, int64_t ring_bytes, int averaged, double limit_s) {
+        int64_t moved = 0;
+        order_.clear();
+        double total_compute_s = 0, gap = 0;
+        for (int i = 0; i < model_.count; ++i) {
+            total_compute_s += model_.compute_s[i];
+            if (swapped[i] && model_.nbytes[i] > 0) {
+                order_.push_back({model_.nbytes[i], gap, model_.compute_s[i]});
+                moved += model_.nbytes[i];
+                gap = 0;
+            } else {
+                gap += model_.compute_s[i];
+            }
+        }
+        double bound_s = std::max(total_compute_s, double(moved) / model_.link_bytes_per_s);
+        if (order_.empty() || bound_s > limit_s) return bound_s;
+        const size_t count = order_.size();
+        const size_t uses = count * (kWarmUpSteps + averaged);
+        if (slots_.size() < uses) slots_.resize(uses);
+        double copied_s = 0, computed_s = 0, free_s = 0, warm_s = 0;
+        int64_t position = 0;  // grows forever
+        size_t oldest = 0, next = 0;
+        for (int step = 0; step < kWarmUpSteps + averaged; ++step) {
+            if (step == kWarmUpSteps) warm_s = computed_s;
+            for (const Swapped& layer : order_) {
+                int64_t left = ring_bytes - position % ring_bytes;
+                if (layer.nbytes > left) position += left;
+                Slot& slot = slots_[next++];
+                slot.start = position;
+                position += layer.nbytes;
+                while (slots_[oldest].start < position - ring_bytes) free_s = slots_[oldest++].free_s;
+                copied_s = std::max(copied_s, free_s) + double(layer.nbytes) / model_.link_bytes_per_s;
+                computed_s = std::max(computed_s + layer.before_s, copied_s) + layer.compute_s;
+                slot.free_s = computed_s;
+            }
+            computed_s += gap;
+            if (step >= kWarmUpSteps) {
+                double left_s = (kWarmUpSteps + averaged - 1 - step) * bound_s;
+                // What was fetched before the averaged steps may be missing from them: a ring's worth.
+                double credit_s = double(ring_bytes) / model_.link_bytes_per_s;
+                double at_least = (computed_s - warm_s + left_s - credit_s) / averaged;
+                if (at_least > limit_s) return at_least;
+            }
+        }
+        return std::max((computed_s - warm_s) / averaged, bound_s);
+    }
+
+private:
+    struct Swapped {
+        int64_t nbytes;
+        double before_s;  // compute of residents before it
+        double compute_s;
+    };
+    struct Slot {
+        int64_t start;
+        double free_s;
+    };
+    const Model& model_;
+    std::vector<Swapped> order_;
+    std::vector<Slot> slots_;
+};
+
+struct State {
+    std::vector<uint8_t> swapped;
+    int64_t resident_bytes = 0;
+    int64_t spare_bytes = 0;  // of the budget that the ring leaves unused
+};
+
+}  // namespace
+
+extern "C" {
+
+double planner_step_s(int count, const int64_t* nbytes, const double* compute_s, double link_bytes_per_s,
+                      const uint8_t* swapped, int64_t ring_bytes, int averaged) {
+    Model model{count, nbytes, compute_s, link_bytes_per_s};
+    return Evaluator(model).step_s({swapped, swapped + count}, ring_bytes, averaged, INFINITY);
+}
+
+// Improves `swapped` in place and returns its step; `ring_bytes` in and out. Ends early at `enough_s`.
+double planner_search(int count, const int64_t* nbytes, const double* compute_s, double link_bytes_per_s,
+                      int64_t budget_bytes, uint8_t* swapped, int64_t* ring_bytes, int rounds, double heat,
+                      double enough_s, int averaged, uint64_t seed) {
+    Model model{count, nbytes, compute_s, link_bytes_per_s};
+    Evaluator evaluator(model);
+    std::mt19937_64 random(seed);
+    auto unit = [&] { return double(random() >> 11) * 0x1p-53; };
+    auto below = [&](int n) { return int(random() % uint64_t(n)); };
+
+    State now{{swapped, swapped + count}};
+    for (int i = 0; i < count; ++i) now.resident_bytes += now.swapped[i] ? 0 : nbytes[i];
+    now.spare_bytes = std::max<int64_t>(0, budget_bytes - now.resident_bytes - *ring_bytes);
+    double now_s = evaluator.step_s(now.swapped, *ring_bytes, averaged, INFINITY);
+    State best = now, tried;
+    double best_s = now_s;
+
+    auto flip = [&](int i) {
+        tried.resident_bytes += tried.swapped[i] ? nbytes[i] : -nbytes[i];
+        tried.swapped[i] ^= 1;
+    };
+    auto pick = [&](bool fetched, int near, int reach) {  // -1 where there is none
+        for (int tries = 0; tries < 20; ++tries) {
+            int i = near < 0 ? below(count) : ((near + below(2 * reach + 1) - reach) % count + count) % count;
+            if (bool(tried.swapped[i]) == fetched && nbytes[i] > 0) return i;
+        }
+        return -1;
+    };
+    for (int round = 0; round < rounds && best_s > enough_s; ++round) {
+        double share = 1.0 - double(round) / rounds;
+        tried = now;
+        double kind = unit();
+        int exchanges = kind < 0.6 ? 1 : 1 + below(3);
+        for (int k = 0; k < exchanges; ++k) {
+            int out = pick(true, -1, 0);
+            int reach = unit() < 0.5 ? 8 : count / 2;
+            if (kind > 0.15 && out >= 0) flip(out);
+            int in = pick(false, unit() < 0.7 ? out : -1, reach);
+            if (kind < 0.85 && in >= 0) flip(in);
+        }
+        if (unit() < 0.05) {
+            // Another share of the budget left unused: where the ring wraps changes.
+            tried.spare_bytes = unit() < 0.5 ? 0 : int64_t(unit() * unit() * 0.2 * double(*ring_bytes));
+        }
+        int64_t largest = 0;
+        for (int i = 0; i < count; ++i) {
+            if (tried.swapped[i]) largest = std::max(largest, nbytes[i]);
+        }
+        int64_t ring = budget_bytes - tried.resident_bytes - tried.spare_bytes;
+        if (ring < largest) {
+            ring = budget_bytes - tried.resident_bytes;
+            tried.spare_bytes = 0;
+        }
+        if (largest == 0 || ring < largest) continue;
+        double limit_s = now_s * (1.0 - heat * share * share * std::log(unit() + 1e-300));
+        double tried_s = evaluator.step_s(tried.swapped, ring, averaged, limit_s);
+        if (tried_s > limit_s) continue;
+        std::swap(now, tried);
+        now_s = tried_s;
+        if (now_s < best_s) {
+            best_s = now_s;
+            best = now;
+            *ring_bytes = ring;
+        }
+    }
+    std::copy(best.swapped.begin(), best.swapped.end(), swapped);
+    return best_s;
+}
+}
