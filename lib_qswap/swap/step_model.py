@@ -10,6 +10,7 @@ are not modelled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -55,62 +56,88 @@ class Streaming:
         moved = sum(size for size, fetched in zip(self.nbytes, swapped, strict=True) if fetched)
         return max(self.total_compute_s, moved / self.link_bytes_per_s)
 
-    def step_s(self, swapped: Sequence[bool], ring_bytes: int, averaged_steps: int = AVERAGED_STEPS) -> float:
-        """Seconds of a step once the ring has filled. Every swapped layer must fit into the ring."""
-        return self._run(swapped, ring_bytes, averaged_steps)[0]
+    def step_s(
+        self,
+        swapped: Sequence[bool],
+        ring_bytes: int,
+        averaged_steps: int = AVERAGED_STEPS,
+        limit_s: float = math.inf,
+    ) -> float:
+        """Seconds of a step once the ring has filled. Every swapped layer must fit into the ring.
+
+        A step longer than `limit_s` may be answered with less than it takes, though more than that.
+        """
+        return self._run(swapped, ring_bytes, averaged_steps, limit_s, None)
 
     def fetches(self, swapped: Sequence[bool], ring_bytes: int) -> list[Fetch]:
         """Where compute waits for the link and the link for compute."""
-        return self._run(swapped, ring_bytes, 1, keep_waits=True)[1]
+        waits: list[Fetch] = []
+        self._run(swapped, ring_bytes, 1, math.inf, waits)
+        return waits[len(waits) // (WARM_UP_STEPS + 1) * WARM_UP_STEPS :]
 
     def _run(
-        self, swapped: Sequence[bool], ring_bytes: int, averaged_steps: int, keep_waits: bool = False
-    ) -> tuple[float, list[Fetch]]:
+        self,
+        swapped: Sequence[bool],
+        ring_bytes: int,
+        averaged_steps: int,
+        limit_s: float,
+        waits: list[Fetch] | None,
+    ) -> float:
         order, before_s, after_s = self._gaps(swapped)
         if not order:
-            return self.total_compute_s, []
+            return self.total_compute_s
         sizes = [self.nbytes[i] for i in order]
         if max(sizes) > ring_bytes:
             raise ValueError(f"a layer of {max(sizes)} bytes does not fit into a ring of {ring_bytes} bytes")
         copy_s = [size / self.link_bytes_per_s for size in sizes]
-        steps = WARM_UP_STEPS + averaged_steps
-        count = len(order)
+        uses = list(zip(sizes, copy_s, before_s, [self.compute_s[i] for i in order], order, strict=True))
+        # Rounding errors are not to decide between plans that keep one engine busy all the time.
+        bound_s = max(self.total_compute_s, sum(copy_s))
+        if bound_s > limit_s:
+            return bound_s
+        # What was fetched before the averaged steps began may be missing from them, up to a ring's worth.
+        ahead_s = ring_bytes / self.link_bytes_per_s
 
         freed: list[float] = []  # when each slot issued so far was free again
-        slot_starts: list[int] = []  # addresses that grow forever; the ring's are these modulo its size
+        starts: list[int] = []  # addresses that grow forever; the ring's are these modulo its size
         address = 0
+        left = ring_bytes  # of the ring, up to its end
         oldest = 0  # the first slot that the next one need not wait for
+        oldest_start = 0
         copied = computed = slot_free = warm_end = 0.0
-        waits: list[Fetch] = []
-        for step in range(steps):
-            if step == WARM_UP_STEPS:
+        for step in range(-WARM_UP_STEPS, averaged_steps):
+            if step == 0:
                 warm_end = computed
-            last = keep_waits and step == steps - 1
-            for k in range(count):
-                size = sizes[k]
-                room = ring_bytes - address % ring_bytes
-                if size > room:  # contiguous: what is left at the end of the ring is skipped
-                    address += room
-                slot_starts.append(address)
+            elif step > 0 and computed - warm_end + (averaged_steps - step) * bound_s - ahead_s > (
+                limit_s * averaged_steps
+            ):
+                return (computed - warm_end + (averaged_steps - step) * bound_s - ahead_s) / averaged_steps
+            for size, copying, before, computing, i in uses:
+                if size > left:  # contiguous: what is left at the end of the ring is skipped
+                    address += left
+                    left = ring_bytes
+                starts.append(address)
                 address += size
-                overwritten = address - ring_bytes
-                while slot_starts[oldest] < overwritten:
-                    slot_free = freed[oldest]  # slots are freed in order: the latest is the one to wait for
-                    oldest += 1
-                issued = copied if copied > slot_free else slot_free
-                due = computed + before_s[k]
-                if last:
-                    arrives = issued + copy_s[k]
-                    waits.append(Fetch(order[k], max(0.0, arrives - due), max(0.0, slot_free - copied)))
-                copied = issued + copy_s[k]
-                computed = (copied if copied > due else due) + self.compute_s[order[k]]
+                left -= size
+                if oldest_start < address - ring_bytes:
+                    while starts[oldest] < address - ring_bytes:
+                        oldest += 1
+                    oldest_start = starts[oldest]
+                    slot_free = freed[oldest - 1]  # slots are freed in order: the latest counts
+                computed += before
+                if waits is not None:
+                    arrives = max(copied, slot_free) + copying
+                    waits.append(Fetch(i, max(0.0, arrives - computed), max(0.0, slot_free - copied)))
+                if slot_free > copied:
+                    copied = slot_free
+                copied += copying
+                if copied > computed:
+                    computed = copied
+                computed += computing
                 freed.append(computed)
             computed += after_s
-        mean = (computed - warm_end) / averaged_steps
-        # What was fetched before the averaged steps began may be missing, up to a ring's worth; and rounding
-        # errors are not to decide between plans that keep one engine busy all the time.
-        bound = max(self.total_compute_s, sum(copy_s))
-        return (mean if mean > bound * (1 + 1e-9) else bound), waits
+        mean_s = (computed - warm_end) / averaged_steps
+        return mean_s if mean_s > bound_s * (1 + 1e-9) else bound_s
 
     def _gaps(self, swapped: Sequence[bool]) -> tuple[list[int], list[float], float]:
         """Swapped layers, the compute of residents before each of them, and after the last of them."""
