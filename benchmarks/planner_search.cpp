@@ -89,6 +89,55 @@ private:
     std::vector<Slot> slots_;
 };
 
+// Swapped layers by error diffusion: each second of compute adds `rate` to what is owed, a swapped layer takes
+// its bytes off. What is owed is at most `reach_bytes`; a layer is swapped where it is at least `threshold` of
+// the layer's bytes; a step begins with `phase` bytes.
+struct Construction {
+    int64_t limit_bytes, ring_bytes;
+    double reach_bytes, threshold, phase_bytes;
+    bool idle_first;
+
+    bool build(const Model& model, int64_t budget_bytes, std::vector<uint8_t>& swapped) const {
+        int64_t must_move = ring_bytes - budget_bytes, free_bytes = 0;
+        double total_s = 0;
+        std::vector<uint8_t> kept(model.count);
+        for (int i = 0; i < model.count; ++i) {
+            kept[i] = model.nbytes[i] > limit_bytes || model.nbytes[i] == 0 ||
+                      (idle_first && model.compute_s[i] == 0);
+            must_move += model.nbytes[i];
+            total_s += model.compute_s[i];
+            if (!kept[i]) free_bytes += model.nbytes[i];
+        }
+        if (must_move > free_bytes) return false;
+        double trace = (total_s > 0 ? 1e-6 * total_s : 1.0) / double(std::max<int64_t>(free_bytes, 1));
+        std::vector<uint8_t> tried(model.count);
+        double low = 0, high = 8 * double(free_bytes) / (total_s + trace * double(free_bytes));
+        bool found = false;
+        for (int bisection = 0; bisection < 24; ++bisection) {
+            double rate = (low + high) / 2, owed = phase_bytes;
+            int64_t moved = 0;
+            for (int i = 0; i < model.count; ++i) {
+                if (!kept[i]) owed += rate * trace * double(model.nbytes[i]);
+                owed = std::min(owed, reach_bytes);
+                tried[i] = !kept[i] && owed >= threshold * double(model.nbytes[i]);
+                if (tried[i]) {
+                    owed -= double(model.nbytes[i]);
+                    moved += model.nbytes[i];
+                }
+                owed += rate * model.compute_s[i];
+            }
+            if (moved >= must_move) {
+                swapped = tried;
+                found = true;
+                high = rate;
+            } else {
+                low = rate;
+            }
+        }
+        return found;
+    }
+};
+
 struct State {
     std::vector<uint8_t> swapped;
     int64_t resident_bytes = 0;
@@ -105,10 +154,71 @@ double planner_step_s(int count, const int64_t* nbytes, const double* compute_s,
     return Evaluator(model).step_s({swapped, swapped + count}, ring_bytes, averaged, INFINITY);
 }
 
-// Improves `swapped` in place and returns its step; `ring_bytes` in and out. Ends early at `enough_s`.
+// Tries random constructions; writes the `keep` best that differ: `swapped` (keep x count), rings and steps
+// (infinite where fewer were found).
+void planner_construct(int count, const int64_t* nbytes, const double* compute_s, double link_bytes_per_s,
+                       int64_t budget_bytes, int tries, int averaged, uint64_t seed, int keep,
+                       uint8_t* swapped, int64_t* rings, double* steps_s, double* params) {
+    Model model{count, nbytes, compute_s, link_bytes_per_s};
+    Evaluator evaluator(model);
+    std::mt19937_64 random(seed);
+    auto unit = [&] { return double(random() >> 11) * 0x1p-53; };
+    std::vector<int64_t> sizes;
+    for (int i = 0; i < count; ++i) {
+        if (nbytes[i] > 0) sizes.push_back(nbytes[i]);
+    }
+    std::sort(sizes.begin(), sizes.end());
+    sizes.erase(std::unique(sizes.begin(), sizes.end()), sizes.end());
+    std::fill(steps_s, steps_s + keep, INFINITY);
+    std::vector<uint8_t> built;
+    for (int tried = 0; tried < tries; ++tried) {
+        // The larger sizes are likelier: a small ring has to hold the largest swapped layer.
+        Construction construction;
+        construction.limit_bytes = sizes[size_t((1 - unit() * unit()) * double(sizes.size() - 1) + 0.5)];
+        if (unit() < 0.5) {
+            construction.ring_bytes = int64_t(double(construction.limit_bytes) * std::exp(unit() * 3.0));
+        } else {
+            // Room for a few layers, to the byte: nothing is left over at the ring's end.
+            construction.ring_bytes = construction.limit_bytes;
+            for (int more = int(unit() * 6); more > 0; --more) {
+                int64_t size = nbytes[random() % uint64_t(count)];
+                if (size <= construction.limit_bytes) construction.ring_bytes += size;
+            }
+        }
+        construction.reach_bytes = unit() < 0.3 ? INFINITY : double(construction.ring_bytes) * (0.3 + 1.2 * unit());
+        construction.threshold = unit() < 0.3 ? 0.5 : unit();
+        construction.phase_bytes = unit() < 0.3 ? 0 : (2 * unit() - 1) * double(construction.limit_bytes);
+        construction.idle_first = unit() < 0.3;
+        if (construction.ring_bytes > budget_bytes || !construction.build(model, budget_bytes, built)) continue;
+        int64_t resident_bytes = 0;
+        for (int i = 0; i < count; ++i) resident_bytes += built[i] ? 0 : nbytes[i];
+        // What was swapped beyond need makes the ring larger.
+        int64_t ring_bytes = unit() < 0.5 ? construction.ring_bytes : budget_bytes - resident_bytes;
+        double step_s = evaluator.step_s(built, ring_bytes, averaged, steps_s[keep - 1]);
+        bool known = false;
+        for (int k = 0; k < keep; ++k) known = known || steps_s[k] == step_s;
+        if (known || !(step_s < steps_s[keep - 1])) continue;
+        int place = keep - 1;
+        for (; place > 0 && steps_s[place - 1] > step_s; --place) {
+            steps_s[place] = steps_s[place - 1];
+            rings[place] = rings[place - 1];
+            std::copy_n(swapped + size_t(place - 1) * count, count, swapped + size_t(place) * count);
+            for (int q = 0; q < 6; ++q) params[place * 6 + q] = params[place * 6 - 6 + q];
+        }
+        steps_s[place] = step_s;
+        rings[place] = ring_bytes;
+        std::copy(built.begin(), built.end(), swapped + size_t(place) * count);
+        double* p = params + place * 6;
+        p[0] = construction.limit_bytes; p[1] = construction.ring_bytes; p[2] = construction.reach_bytes;
+        p[3] = construction.threshold; p[4] = construction.phase_bytes; p[5] = construction.idle_first;
+    }
+}
+
+// Improves `swapped` in place and returns its step; `ring_bytes` in and out. Layers larger than `limit_bytes`
+// stay resident. Ends early at `enough_s`.
 double planner_search(int count, const int64_t* nbytes, const double* compute_s, double link_bytes_per_s,
-                      int64_t budget_bytes, uint8_t* swapped, int64_t* ring_bytes, int rounds, double heat,
-                      double enough_s, int averaged, uint64_t seed) {
+                      int64_t budget_bytes, int64_t limit_bytes, uint8_t* swapped, int64_t* ring_bytes,
+                      int rounds, double heat, double enough_s, int averaged, uint64_t seed) {
     Model model{count, nbytes, compute_s, link_bytes_per_s};
     Evaluator evaluator(model);
     std::mt19937_64 random(seed);
@@ -129,7 +239,7 @@ double planner_search(int count, const int64_t* nbytes, const double* compute_s,
     auto pick = [&](bool fetched, int near, int reach) {  // -1 where there is none
         for (int tries = 0; tries < 20; ++tries) {
             int i = near < 0 ? below(count) : ((near + below(2 * reach + 1) - reach) % count + count) % count;
-            if (bool(tried.swapped[i]) == fetched && nbytes[i] > 0) return i;
+            if (bool(tried.swapped[i]) == fetched && nbytes[i] > 0 && nbytes[i] <= limit_bytes) return i;
         }
         return -1;
     };

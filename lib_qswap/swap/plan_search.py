@@ -6,6 +6,7 @@ improved side by side, and those that fall behind are given up.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ SIZE_LIMITS_TRIED = 6
 
 REACHES = (1.0, 0.5, math.inf)
 FINER_RINGS = ((0.9, 0.95, 1.05, 1.1), (0.97, 0.985, 1.015, 1.03))
+EXACT_RING_SIZES, EXACT_RING_LAYERS = 3, 4
 KEPT_BY_RING, KEPT_RECIPES = 4, 3
 
 GOOD_ENOUGH = 1.0005  # of what no plan for the budget can be below
@@ -94,6 +96,12 @@ class PlanSearch:
             KEPT_RECIPES,
         )
         if self.fixed_ring_bytes is None:
+            exact = [
+                recipe._replace(ring_bytes=ring)
+                for recipe, _ in best
+                for ring in self._exact_rings(recipe.limit_bytes)
+            ]
+            best = self._try([*(recipe for recipe, _ in best), *exact], KEPT_RECIPES)
             for factors in FINER_RINGS:
                 finer = [
                     recipe._replace(ring_bytes=math.ceil(recipe.ring_bytes * factor))
@@ -102,6 +110,20 @@ class PlanSearch:
                 ]
                 best = self._try(finer, KEPT_RECIPES)
         return best
+
+    def _exact_rings(self, limit: int) -> list[int]:
+        """Rings that a few layers of the sizes that weigh most fill to the byte."""
+        bytes_of: dict[int, int] = {}
+        for size in self.nbytes:
+            if 0 < size <= limit:
+                bytes_of[size] = bytes_of.get(size, 0) + size
+        sizes = sorted(bytes_of, key=bytes_of.__getitem__, reverse=True)[:EXACT_RING_SIZES]
+        sums = {
+            sum(chosen)
+            for count in range(1, EXACT_RING_LAYERS + 1)
+            for chosen in itertools.combinations_with_replacement(sizes, count)
+        }
+        return sorted(ring for ring in sums if ring >= limit)
 
     def _try(self, recipes: Iterable[Recipe], keep: int) -> list[tuple[Recipe, Candidate]]:
         found = []
