@@ -24,6 +24,7 @@ RING_SIZES = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 6.0, 9.0, 14.0, 20.0)
 SIZE_LIMITS_TRIED = 6
 
 REACHES = (1.0, 0.5, math.inf)
+FIRST = ((True, 1.0), (False, 1.0))
 FINER_RINGS = ((0.9, 0.95, 1.05, 1.1), (0.97, 0.985, 1.015, 1.03))
 EXACT_RING_SIZES, EXACT_RING_LAYERS = 3, 4
 KEPT_BY_RING, KEPT_RECIPES = 4, 3
@@ -81,7 +82,8 @@ class PlanSearch:
     def _recipes(self) -> list[tuple[Recipe, Candidate]]:
         """The best recipes found, each with what it leads to, the best first."""
         rings = [
-            Recipe(limit, self.fixed_ring_bytes or math.ceil(limit * multiple))
+            Recipe(limit, self.fixed_ring_bytes or math.ceil(limit * multiple), True, idle_first, reach)
+            for idle_first, reach in FIRST
             for limit in self.limits
             for multiple in ((1.0,) if self.fixed_ring_bytes else RING_SIZES)
         ]

@@ -73,7 +73,7 @@ class Streaming:
         """Where compute waits for the link and the link for compute."""
         waits: list[Fetch] = []
         self._run(swapped, ring_bytes, 1, math.inf, waits)
-        return waits[len(waits) // (WARM_UP_STEPS + 1) * WARM_UP_STEPS :]
+        return waits
 
     def _run(
         self,
@@ -125,7 +125,7 @@ class Streaming:
                     oldest_start = starts[oldest]
                     slot_free = freed[oldest - 1]  # slots are freed in order: the latest counts
                 computed += before
-                if waits is not None:
+                if waits is not None and step == averaged_steps - 1:
                     arrives = max(copied, slot_free) + copying
                     waits.append(Fetch(i, max(0.0, arrives - computed), max(0.0, slot_free - copied)))
                 if slot_free > copied:
