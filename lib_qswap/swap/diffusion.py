@@ -34,6 +34,8 @@ class Recipe(NamedTuple):
     tiny_first: bool = True
     idle_first: bool = True
     reach: float = 1.0
+    threshold: float = 0.5
+    phase: float = 0.0
 
 
 class Diffusion:
@@ -58,7 +60,8 @@ class Diffusion:
             room = self._keep(kept, [size < TINY_LAYER_BYTES for size in nbytes], room, room * TINY_SHARE)
         if recipe.idle_first:
             room = self._keep(kept, [seconds == 0 for seconds in self.compute_s], room, room)
-        return self._follow_line(kept, room, max(recipe.reach * recipe.ring_bytes, recipe.limit_bytes / 2))
+        reach_bytes = max(recipe.reach * recipe.ring_bytes, recipe.limit_bytes * recipe.threshold)
+        return self._follow_line(kept, room, reach_bytes, recipe.threshold, recipe.phase * recipe.limit_bytes)
 
     def _keep(self, kept: list[bool], wanted: list[bool], room: int, most: float) -> int:
         """Marks `wanted` layers as kept if they take no more than `most`; returns the room that is left."""
@@ -70,7 +73,7 @@ class Diffusion:
             kept[i] = True
         return room - taken
 
-    def _follow_line(self, kept: list[bool], room: int, reach_bytes: float) -> list[bool]:
+    def _follow_line(self, kept: list[bool], room: int, reach_bytes: float, threshold: float, phase_bytes: float) -> list[bool]:
         """The smallest rate whose residents, with those kept, fit into `room` is found by bisection."""
         nbytes = self.nbytes
         free = [i for i, keep in enumerate(kept) if not keep]
@@ -80,12 +83,12 @@ class Diffusion:
         owed_before = 0.0  # from the end of the step before
 
         def follow(rate: float) -> tuple[list[bool], int, float]:
-            taken, moved, owed = [], 0, owed_before
+            taken, moved, owed = [], 0, (owed_before if phase_bytes == 0 else phase_bytes)
             for wait, size in zip(waits, sizes, strict=True):
                 owed += rate * wait
                 if owed > reach_bytes:
                     owed = reach_bytes
-                take = owed + owed >= size
+                take = owed >= size * threshold
                 taken.append(take)
                 if take:
                     owed -= size

@@ -24,7 +24,9 @@ RING_SIZES = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 6.0, 9.0, 14.0, 20.0)
 SIZE_LIMITS_TRIED = 6
 
 REACHES = (1.0, 0.5, math.inf)
-FIRST = ((True, 1.0), (False, 1.0))
+FIRST = ((True, 1.0), (False, 0.5))
+VARIATIONS = 150
+VARY = (0.5, 0.7, 0.3, 0.5, 0.3, 0.1)
 FINER_RINGS = ((0.9, 0.95, 1.05, 1.1), (0.97, 0.985, 1.015, 1.03))
 EXACT_RING_SIZES, EXACT_RING_LAYERS = 3, 4
 KEPT_BY_RING, KEPT_RECIPES = 4, 3
@@ -104,6 +106,7 @@ class PlanSearch:
                 for ring in self._exact_rings(recipe.limit_bytes)
             ]
             best = self._try([*(recipe for recipe, _ in best), *exact], KEPT_RECIPES)
+            best = self._vary(best)
             for factors in FINER_RINGS:
                 finer = [
                     recipe._replace(ring_bytes=math.ceil(recipe.ring_bytes * factor))
@@ -111,6 +114,27 @@ class PlanSearch:
                     for factor in (1.0, *factors)
                 ]
                 best = self._try(finer, KEPT_RECIPES)
+        return best
+
+    def _vary(self, best: list[tuple[Recipe, Candidate]]) -> list[tuple[Recipe, Candidate]]:
+        pick = self.random
+        for _ in range(VARIATIONS):
+            recipe, _ = best[min(int(pick.random() ** 2 * len(best)), len(best) - 1)]
+            rings = self._exact_rings(recipe.limit_bytes)
+            kind = pick.random()
+            if kind < VARY[0]:
+                recipe = recipe._replace(ring_bytes=math.ceil(recipe.ring_bytes * pick.uniform(0.85, 1.1)))
+            elif kind < VARY[1]:
+                recipe = recipe._replace(ring_bytes=pick.choice(rings))
+            if pick.random() < VARY[2]:
+                recipe = recipe._replace(reach=pick.choice((0.3, 0.4, 0.6, 0.8, 1.2, math.inf)))
+            if pick.random() < VARY[3]:
+                recipe = recipe._replace(threshold=pick.uniform(0.1, 1))
+            if pick.random() < VARY[4]:
+                recipe = recipe._replace(phase=pick.uniform(-1, 1))
+            if pick.random() < VARY[5]:
+                recipe = recipe._replace(idle_first=not recipe.idle_first)
+            best = self._try([*(one for one, _ in best), recipe], KEPT_RECIPES)
         return best
 
     def _exact_rings(self, limit: int) -> list[int]:
@@ -125,7 +149,7 @@ class PlanSearch:
             for count in range(1, EXACT_RING_LAYERS + 1)
             for chosen in itertools.combinations_with_replacement(sizes, count)
         }
-        return sorted(ring for ring in sums if ring >= limit)
+        return sorted({limit, *(ring for ring in sums if ring >= limit)})
 
     def _try(self, recipes: Iterable[Recipe], keep: int) -> list[tuple[Recipe, Candidate]]:
         found = []
