@@ -6,6 +6,7 @@ improved side by side, and those that fall behind are given up.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -25,9 +26,8 @@ SIZE_LIMITS_TRIED = 6
 
 REACHES = (1.0, 0.5, math.inf)
 FIRST = ((True, 1.0), (False, 0.5))
-VARIATIONS = 150
-VARY = (0.5, 0.7, 0.3, 0.5, 0.3, 0.1)
-FINER_RINGS = ((0.9, 0.95, 1.05, 1.1), (0.97, 0.985, 1.015, 1.03))
+VARIATIONS_MOST = 250
+RESCALED, EXACT = 0.4, 0.3  # how often a variation changes the ring in which way
 EXACT_RING_SIZES, EXACT_RING_LAYERS = 3, 4
 KEPT_BY_RING, KEPT_RECIPES = 4, 3
 
@@ -64,7 +64,7 @@ class PlanSearch:
 
     def best(self, effort: int) -> Candidate:
         """The best plan found; `effort` is how many layers all exchanges together may simulate."""
-        recipes = self._recipes()
+        recipes = self._recipes(effort)
         exchanges = effort // len(self.nbytes)
         return self._improve([candidate for _, candidate in recipes], exchanges)
 
@@ -81,7 +81,7 @@ class PlanSearch:
         return sizes[:: math.ceil(len(sizes) / SIZE_LIMITS_TRIED)]
 
     # ------------------------------------------------------------------------------------------------ recipes
-    def _recipes(self) -> list[tuple[Recipe, Candidate]]:
+    def _recipes(self, effort: int) -> list[tuple[Recipe, Candidate]]:
         """The best recipes found, each with what it leads to, the best first."""
         rings = [
             Recipe(limit, self.fixed_ring_bytes or math.ceil(limit * multiple), True, idle_first, reach)
@@ -106,37 +106,31 @@ class PlanSearch:
                 for ring in self._exact_rings(recipe.limit_bytes)
             ]
             best = self._try([*(recipe for recipe, _ in best), *exact], KEPT_RECIPES)
-            best = self._vary(best)
-            for factors in FINER_RINGS:
-                finer = [
-                    recipe._replace(ring_bytes=math.ceil(recipe.ring_bytes * factor))
-                    for recipe, _ in best
-                    for factor in (1.0, *factors)
-                ]
-                best = self._try(finer, KEPT_RECIPES)
-        return best
+        return self._vary(best, min(VARIATIONS_MOST, effort // len(self.nbytes)))
 
-    def _vary(self, best: list[tuple[Recipe, Candidate]]) -> list[tuple[Recipe, Candidate]]:
+    def _vary(self, best: list[tuple[Recipe, Candidate]], count: int) -> list[tuple[Recipe, Candidate]]:
+        """Random changes of the best recipes, the first ones' more often than the others'."""
         pick = self.random
-        for _ in range(VARIATIONS):
-            recipe, _ = best[min(int(pick.random() ** 2 * len(best)), len(best) - 1)]
-            rings = self._exact_rings(recipe.limit_bytes)
-            kind = pick.random()
-            if kind < VARY[0]:
-                recipe = recipe._replace(ring_bytes=math.ceil(recipe.ring_bytes * pick.uniform(0.85, 1.1)))
-            elif kind < VARY[1]:
-                recipe = recipe._replace(ring_bytes=pick.choice(rings))
-            if pick.random() < VARY[2]:
-                recipe = recipe._replace(reach=pick.choice((0.3, 0.4, 0.6, 0.8, 1.2, math.inf)))
-            if pick.random() < VARY[3]:
+        for _ in range(count):
+            recipe, _ = best[int(pick.random() ** 2 * len(best))]
+            choice = pick.random()
+            if self.fixed_ring_bytes is None and choice < RESCALED:
+                ring = math.ceil(recipe.ring_bytes * pick.uniform(0.85, 1.1))
+                recipe = recipe._replace(ring_bytes=ring)
+            elif self.fixed_ring_bytes is None and choice < RESCALED + EXACT:
+                recipe = recipe._replace(ring_bytes=pick.choice(self._exact_rings(recipe.limit_bytes)))
+            if pick.random() < 0.3:
+                recipe = recipe._replace(reach=pick.choice((*REACHES, 0.3, 0.4, 0.6, 0.8, 1.2)))
+            if pick.random() < 0.5:
                 recipe = recipe._replace(threshold=pick.uniform(0.1, 1))
-            if pick.random() < VARY[4]:
+            if pick.random() < 0.3:
                 recipe = recipe._replace(phase=pick.uniform(-1, 1))
-            if pick.random() < VARY[5]:
+            if pick.random() < 0.1:
                 recipe = recipe._replace(idle_first=not recipe.idle_first)
-            best = self._try([*(one for one, _ in best), recipe], KEPT_RECIPES)
+            best = self._try([*(known for known, _ in best), recipe], KEPT_RECIPES)
         return best
 
+    @functools.cache  # noqa: B019: a search lives as long as one plan takes
     def _exact_rings(self, limit: int) -> list[int]:
         """Rings that a few layers of the sizes that weigh most fill to the byte."""
         bytes_of: dict[int, int] = {}
