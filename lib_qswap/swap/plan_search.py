@@ -26,13 +26,14 @@ SIZE_LIMITS_TRIED = 6
 
 REACHES = (1.0, 0.5, math.inf)
 FIRST = ((True, 1.0), (False, 0.5))
-VARIATIONS_MOST = 250
+VARIATIONS_MOST = 800
 RESCALED, EXACT = 0.4, 0.3  # how often a variation changes the ring in which way
 EXACT_RING_SIZES, EXACT_RING_LAYERS = 3, 4
 KEPT_BY_RING, KEPT_RECIPES = 4, 3
 
 GOOD_ENOUGH = 1.0005  # of what no plan for the budget can be below
 HEAT = 0.001  # how much slower than the current set one may be, at first
+EXCHANGED = 0.2
 REACH = 5  # how many fetches before a wait the cause is looked for
 SEARCH_STEPS = 2
 
@@ -61,11 +62,12 @@ class PlanSearch:
         self.enough_s = GOOD_ENOUGH * min(self._least_s(limit, limit) for limit in self.limits)
         self._tried: dict[Recipe, Candidate | None] = {}
         self._best_s = math.inf
+        self._work = 0  # layers that recipes were followed through and simulated with
 
     def best(self, effort: int) -> Candidate:
         """The best plan found; `effort` is how many layers all exchanges together may simulate."""
         recipes = self._recipes(effort)
-        exchanges = effort // len(self.nbytes)
+        exchanges = int(EXCHANGED * effort) // len(self.nbytes)
         return self._improve([candidate for _, candidate in recipes], exchanges)
 
     def _least_s(self, limit: int, ring_bytes: int) -> float:
@@ -106,12 +108,15 @@ class PlanSearch:
                 for ring in self._exact_rings(recipe.limit_bytes)
             ]
             best = self._try([*(recipe for recipe, _ in best), *exact], KEPT_RECIPES)
-        return self._vary(best, min(VARIATIONS_MOST, effort // len(self.nbytes)))
+        return self._vary(best, effort)
 
-    def _vary(self, best: list[tuple[Recipe, Candidate]], count: int) -> list[tuple[Recipe, Candidate]]:
+    def _vary(self, best: list[tuple[Recipe, Candidate]], effort: int) -> list[tuple[Recipe, Candidate]]:
         """Random changes of the best recipes, the first ones' more often than the others'."""
         pick = self.random
-        for _ in range(count):
+        enough = self._work + effort
+        for _ in range(VARIATIONS_MOST):
+            if self._work >= enough:
+                break
             recipe, _ = best[int(pick.random() ** 2 * len(best))]
             choice = pick.random()
             if self.fixed_ring_bytes is None and choice < RESCALED:
@@ -165,9 +170,11 @@ class PlanSearch:
             self._best_s
         ):
             return None
+        self._work += len(self.nbytes)
         swapped = self.diffusion.swapped(recipe, self.budget_bytes)
         if swapped is None:
             return None
+        self._work += sum(swapped)
         step_s = self.streaming.step_s(swapped, recipe.ring_bytes, SEARCH_STEPS, self._best_s * 1.03)
         self._best_s = min(self._best_s, step_s)
         return Candidate(step_s, recipe.ring_bytes, swapped)

@@ -19,7 +19,7 @@ from .step_model import LayerCost, Streaming, bound_step, predict_step
 __all__ = ["LayerCost", "Plan", "bound_step", "make_plan", "predict_step", "spread"]
 
 # How many layers the exchanges of a search may simulate; one takes about 1.5 microseconds.
-SEARCH_EFFORT = 40_000
+SEARCH_EFFORT = 100_000
 
 
 class Plan(NamedTuple):
