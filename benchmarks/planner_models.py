@@ -136,4 +136,6 @@ def one_giant(count: int = 60, megabytes: float = 20, milliseconds: float = 2) -
 def tiny(count: int = 2000) -> list[LayerCost]:
     """Many layers of 50 to 900 KB, of times that have nothing to do with their sizes."""
     pick = random.Random(0)
-    return [LayerCost(str(i), pick.randrange(50, 900) * 1000, pick.uniform(10e-6, 90e-6)) for i in range(count)]
+    return [
+        LayerCost(str(i), pick.randrange(50, 900) * 1000, pick.uniform(10e-6, 90e-6)) for i in range(count)
+    ]

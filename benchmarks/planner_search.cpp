@@ -1,4 +1,5 @@
-// A long search for the best residents of a budget: simulated annealing on a step model of its own.
+// A long search for the best residents of a budget, on a step model of its own: random constructions, and
+// simulated annealing from the best of them.
 //
 // Compiled and called by planner_judge.py. All arrays are in execution order; sizes and addresses in bytes,
 // times in seconds.
@@ -89,9 +90,9 @@ private:
     std::vector<Slot> slots_;
 };
 
-// Swapped layers by error diffusion: each second of compute adds `rate` to what is owed, a swapped layer takes
-// its bytes off. What is owed is at most `reach_bytes`; a layer is swapped where it is at least `threshold` of
-// the layer's bytes; a step begins with `phase` bytes.
+// Swapped layers by error diffusion: each second of compute adds `rate` to what is owed, a swapped layer
+// takes its bytes off. What is owed is at most `reach_bytes`; a layer is swapped where it is at least
+// `threshold` of the layer's bytes; a step begins with `phase_bytes`.
 struct Construction {
     int64_t limit_bytes, ring_bytes;
     double reach_bytes, threshold, phase_bytes;
@@ -158,7 +159,7 @@ double planner_step_s(int count, const int64_t* nbytes, const double* compute_s,
 // (infinite where fewer were found).
 void planner_construct(int count, const int64_t* nbytes, const double* compute_s, double link_bytes_per_s,
                        int64_t budget_bytes, int tries, int averaged, uint64_t seed, int keep,
-                       uint8_t* swapped, int64_t* rings, double* steps_s, double* params) {
+                       uint8_t* swapped, int64_t* rings, double* steps_s) {
     Model model{count, nbytes, compute_s, link_bytes_per_s};
     Evaluator evaluator(model);
     std::mt19937_64 random(seed);
@@ -185,11 +186,13 @@ void planner_construct(int count, const int64_t* nbytes, const double* compute_s
                 if (size <= construction.limit_bytes) construction.ring_bytes += size;
             }
         }
-        construction.reach_bytes = unit() < 0.3 ? INFINITY : double(construction.ring_bytes) * (0.3 + 1.2 * unit());
+        construction.reach_bytes =
+            unit() < 0.3 ? INFINITY : double(construction.ring_bytes) * (0.3 + 1.2 * unit());
         construction.threshold = unit() < 0.3 ? 0.5 : unit();
         construction.phase_bytes = unit() < 0.3 ? 0 : (2 * unit() - 1) * double(construction.limit_bytes);
         construction.idle_first = unit() < 0.3;
-        if (construction.ring_bytes > budget_bytes || !construction.build(model, budget_bytes, built)) continue;
+        if (construction.ring_bytes > budget_bytes) continue;
+        if (!construction.build(model, budget_bytes, built)) continue;
         int64_t resident_bytes = 0;
         for (int i = 0; i < count; ++i) resident_bytes += built[i] ? 0 : nbytes[i];
         // What was swapped beyond need makes the ring larger.
@@ -203,14 +206,10 @@ void planner_construct(int count, const int64_t* nbytes, const double* compute_s
             steps_s[place] = steps_s[place - 1];
             rings[place] = rings[place - 1];
             std::copy_n(swapped + size_t(place - 1) * count, count, swapped + size_t(place) * count);
-            for (int q = 0; q < 6; ++q) params[place * 6 + q] = params[place * 6 - 6 + q];
         }
         steps_s[place] = step_s;
         rings[place] = ring_bytes;
         std::copy(built.begin(), built.end(), swapped + size_t(place) * count);
-        double* p = params + place * 6;
-        p[0] = construction.limit_bytes; p[1] = construction.ring_bytes; p[2] = construction.reach_bytes;
-        p[3] = construction.threshold; p[4] = construction.phase_bytes; p[5] = construction.idle_first;
     }
 }
 

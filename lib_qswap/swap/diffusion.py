@@ -27,6 +27,8 @@ class Recipe(NamedTuple):
         tiny_first: layers that are not worth a copy are resident before any other.
         idle_first: so are those that move bytes for no compute time to move them in.
         reach: how far the line reaches back, in rings.
+        threshold: a layer is swapped where this share of its bytes is owed.
+        phase: what is owed as a step begins, in bytes of the limit; None: what the step before left over.
     """
 
     limit_bytes: int
@@ -35,7 +37,7 @@ class Recipe(NamedTuple):
     idle_first: bool = True
     reach: float = 1.0
     threshold: float = 0.5
-    phase: float = 0.0
+    phase: float | None = None
 
 
 class Diffusion:
@@ -60,8 +62,7 @@ class Diffusion:
             room = self._keep(kept, [size < TINY_LAYER_BYTES for size in nbytes], room, room * TINY_SHARE)
         if recipe.idle_first:
             room = self._keep(kept, [seconds == 0 for seconds in self.compute_s], room, room)
-        reach_bytes = max(recipe.reach * recipe.ring_bytes, recipe.limit_bytes * recipe.threshold)
-        return self._follow_line(kept, room, reach_bytes, recipe.threshold, recipe.phase * recipe.limit_bytes)
+        return self._follow_line(kept, room, recipe)
 
     def _keep(self, kept: list[bool], wanted: list[bool], room: int, most: float) -> int:
         """Marks `wanted` layers as kept if they take no more than `most`; returns the room that is left."""
@@ -73,17 +74,20 @@ class Diffusion:
             kept[i] = True
         return room - taken
 
-    def _follow_line(self, kept: list[bool], room: int, reach_bytes: float, threshold: float, phase_bytes: float) -> list[bool]:
+    def _follow_line(self, kept: list[bool], room: int, recipe: Recipe) -> list[bool]:
         """The smallest rate whose residents, with those kept, fit into `room` is found by bisection."""
         nbytes = self.nbytes
         free = [i for i, keep in enumerate(kept) if not keep]
         sizes = [nbytes[i] for i in free]
         free_bytes = sum(sizes)
         waits, passed = self._waits(kept, free_bytes)
-        owed_before = 0.0  # from the end of the step before
+        threshold = recipe.threshold
+        reach_bytes = max(recipe.reach * recipe.ring_bytes, recipe.limit_bytes * threshold)
+        phase_bytes = None if recipe.phase is None else recipe.phase * recipe.limit_bytes
+        owed_before = 0.0  # as the last step that was tried ended
 
         def follow(rate: float) -> tuple[list[bool], int, float]:
-            taken, moved, owed = [], 0, (owed_before if phase_bytes == 0 else phase_bytes)
+            taken, moved, owed = [], 0, owed_before if phase_bytes is None else phase_bytes
             for wait, size in zip(waits, sizes, strict=True):
                 owed += rate * wait
                 if owed > reach_bytes:

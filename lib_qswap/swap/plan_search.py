@@ -1,12 +1,13 @@
 """The search for the residents of one budget: recipes for error diffusion, then exchanges of layers.
 
-Every candidate is judged by the step model. Recipes are tried from coarse to fine; the best few are then
-improved side by side, and those that fall behind are given up.
+Every candidate is judged by the step model. A grid of recipes is tried, then random variations of the best;
+what these lead to is then improved side by side, and what falls behind is given up. Where the link is the
+limit, the smallest ring that never blocks it is the best plan; that is often one that a few layers fill to
+the byte, or one that only smaller layers pass through.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import random
@@ -24,16 +25,21 @@ RING_SIZES = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 6.0, 9.0, 14.0, 20.0)
 # size, a ring for small layers leaves more room than it costs.
 SIZE_LIMITS_TRIED = 6
 
+# For each ring, with and without layers first that do not compute; the line's reach in rings.
+FIRST_TRIED = ((True, 1.0), (False, 0.5))
 REACHES = (1.0, 0.5, math.inf)
-FIRST = ((True, 1.0), (False, 0.5))
-VARIATIONS_MOST = 800
-RESCALED, EXACT = 0.4, 0.3  # how often a variation changes the ring in which way
-EXACT_RING_SIZES, EXACT_RING_LAYERS = 3, 4
 KEPT_BY_RING, KEPT_RECIPES = 4, 3
 
+# A few layers of the sizes that weigh most fill a ring to the byte: so many sizes, so many layers at most.
+EXACT_RING_SIZES, EXACT_RING_LAYERS = 3, 4
+
+VARIATIONS_MOST = 800
+RESCALED, EXACT = 0.4, 0.3  # how often a variation changes the ring in which way
+
 GOOD_ENOUGH = 1.0005  # of what no plan for the budget can be below
+SLOWER_TRIED = 1.03  # of the best so far: how much slower recipes are of interest
+EXCHANGED = 0.2  # of the effort, for exchanges
 HEAT = 0.001  # how much slower than the current set one may be, at first
-EXCHANGED = 0.2
 REACH = 5  # how many fetches before a wait the cause is looked for
 SEARCH_STEPS = 2
 
@@ -61,14 +67,15 @@ class PlanSearch:
         self.limits = self._size_limits()
         self.enough_s = GOOD_ENOUGH * min(self._least_s(limit, limit) for limit in self.limits)
         self._tried: dict[Recipe, Candidate | None] = {}
+        self._exact: dict[int, list[int]] = {}
         self._best_s = math.inf
         self._work = 0  # layers that recipes were followed through and simulated with
 
     def best(self, effort: int) -> Candidate:
-        """The best plan found; `effort` is how many layers all exchanges together may simulate."""
-        recipes = self._recipes(effort)
-        exchanges = int(EXCHANGED * effort) // len(self.nbytes)
-        return self._improve([candidate for _, candidate in recipes], exchanges)
+        """The best plan found. `effort`: how many layers variations of recipes may go through; exchanges get
+        a share of that on top."""
+        candidates = [candidate for _, candidate in self._recipes(effort)]
+        return self._improve(candidates, int(EXCHANGED * effort) // len(self.nbytes))
 
     def _least_s(self, limit: int, ring_bytes: int) -> float:
         """What no step with such a ring is below; infinite where layers above the limit do not fit."""
@@ -87,7 +94,7 @@ class PlanSearch:
         """The best recipes found, each with what it leads to, the best first."""
         rings = [
             Recipe(limit, self.fixed_ring_bytes or math.ceil(limit * multiple), True, idle_first, reach)
-            for idle_first, reach in FIRST
+            for idle_first, reach in FIRST_TRIED
             for limit in self.limits
             for multiple in ((1.0,) if self.fixed_ring_bytes else RING_SIZES)
         ]
@@ -135,22 +142,24 @@ class PlanSearch:
             best = self._try([*(known for known, _ in best), recipe], KEPT_RECIPES)
         return best
 
-    @functools.cache  # noqa: B019: a search lives as long as one plan takes
     def _exact_rings(self, limit: int) -> list[int]:
-        """Rings that a few layers of the sizes that weigh most fill to the byte."""
-        bytes_of: dict[int, int] = {}
-        for size in self.nbytes:
-            if 0 < size <= limit:
-                bytes_of[size] = bytes_of.get(size, 0) + size
-        sizes = sorted(bytes_of, key=bytes_of.__getitem__, reverse=True)[:EXACT_RING_SIZES]
-        sums = {
-            sum(chosen)
-            for count in range(1, EXACT_RING_LAYERS + 1)
-            for chosen in itertools.combinations_with_replacement(sizes, count)
-        }
-        return sorted({limit, *(ring for ring in sums if ring >= limit)})
+        """Rings for layers up to `limit` that a few of them fill to the byte."""
+        if limit not in self._exact:
+            bytes_of: dict[int, int] = {}
+            for size in self.nbytes:
+                if 0 < size <= limit:
+                    bytes_of[size] = bytes_of.get(size, 0) + size
+            sizes = sorted(bytes_of, key=bytes_of.__getitem__, reverse=True)[:EXACT_RING_SIZES]
+            sums = {
+                sum(chosen)
+                for count in range(1, EXACT_RING_LAYERS + 1)
+                for chosen in itertools.combinations_with_replacement(sizes, count)
+            }
+            self._exact[limit] = sorted({limit, *(ring for ring in sums if ring >= limit)})
+        return self._exact[limit]
 
     def _try(self, recipes: Iterable[Recipe], keep: int) -> list[tuple[Recipe, Candidate]]:
+        """The best of `recipes` whose residents differ, each with what it leads to."""
         found = []
         for recipe in recipes:
             if recipe not in self._tried:
@@ -166,16 +175,17 @@ class PlanSearch:
         return distinct[:keep]
 
     def _cook(self, recipe: Recipe) -> Candidate | None:
-        if self._best_s <= self.enough_s or self._least_s(recipe.limit_bytes, recipe.ring_bytes) >= (
-            self._best_s
-        ):
+        """What a recipe leads to; None where that cannot be, or need not be, better than the best so far."""
+        if self._best_s <= self.enough_s:
+            return None
+        if self._least_s(recipe.limit_bytes, recipe.ring_bytes) >= self._best_s:
             return None
         self._work += len(self.nbytes)
         swapped = self.diffusion.swapped(recipe, self.budget_bytes)
         if swapped is None:
             return None
         self._work += sum(swapped)
-        step_s = self.streaming.step_s(swapped, recipe.ring_bytes, SEARCH_STEPS, self._best_s * 1.03)
+        step_s = self.streaming.step_s(swapped, recipe.ring_bytes, SEARCH_STEPS, self._best_s * SLOWER_TRIED)
         self._best_s = min(self._best_s, step_s)
         return Candidate(step_s, recipe.ring_bytes, swapped)
 

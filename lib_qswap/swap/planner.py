@@ -3,9 +3,9 @@
 A copy engine and a compute engine that run side by side are both busy all the time if the bytes that compute
 has asked for by time t stay within the ring of the straight line through (compute time of a step, swapped
 bytes of a step): above it by more, compute waits for the link; below it by more, the link waits for a free
-slot. So residents are spread by error diffusion over compute time. What that leaves over (layers are lumps,
-and the ring's end cuts slots off) is decided by the step model: several rings and a few hundred exchanges of
-layers are tried, and the best predicted step is kept.
+slot. So residents are spread by error diffusion over compute time (diffusion.py). What that leaves over
+(layers are lumps, and the ring's end cuts slots off) is decided by the step model: plan_search.py tries some
+hundreds of rings, sets and exchanges, and the best predicted step is kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .step_model import LayerCost, Streaming, bound_step, predict_step
 
 __all__ = ["LayerCost", "Plan", "bound_step", "make_plan", "predict_step", "spread"]
 
-# How many layers the exchanges of a search may simulate; one takes about 1.5 microseconds.
+# How many layers a search may go through after its first grid; one takes about 1 microsecond.
 SEARCH_EFFORT = 100_000
 
 
