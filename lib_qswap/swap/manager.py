@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lib_qswap.quant.unpack import Arithmetic
-from lib_qswap.swap import ledger, planner
+from lib_qswap.swap import ledger, planner, profile
 from lib_qswap.swap.device import ALIGNMENT_BYTES, Device, device_of
 from lib_qswap.swap.device_state import state_of
 from lib_qswap.swap.execute import Forward, GatheredForward
@@ -27,18 +27,12 @@ from lib_qswap.swap.home import (
 )
 from lib_qswap.swap.inventory import Inventory
 from lib_qswap.swap.layer import Layer
-from lib_qswap.swap.planner import LayerCost, Plan
+from lib_qswap.swap.planner import Plan
+from lib_qswap.swap.profile import Profile, Work, work_of
 from lib_qswap.swap.streamer import Lease, ResidentLease
 
 ASSUMED_LINK_BYTES_PER_S = 12e9
-ASSUMED_FLOPS = 20e12
-ASSUMED_TOKENS = 4096
-"""What a plan is made from until the first steps are measured: a mid-range card on PCIe 3 x16 at 1024 x
-1024."""
-
-REPLAN_GAIN = 0.97
-"""A plan from measured times replaces the first one only if it predicts a step this much shorter: residents
-have to move for it."""
+"""What a plan is made from until the first copies are measured: PCIe 3 x16."""
 
 
 class Attachment:
@@ -83,8 +77,8 @@ class Attachment:
         self._host_counts = False
         self._ring_bytes = ring_bytes
         self._pin_budget_bytes = pin_budget_bytes
-        self._profiles_left = 0
-        self._replanned = False
+        self._profile = Profile()
+        self._postponed: Work | None = None
         self._hooks: list[Any] = []
         self._forwards: list[tuple[weakref.ref[torch.nn.Module], Any]] = []
         self.inventory = Inventory(module, can_swap, borrows)
@@ -102,10 +96,10 @@ class Attachment:
     def _hook_roots(self) -> None:
         reference = weakref.ref(self)
 
-        def before(root: torch.nn.Module, _args: Any) -> None:
+        def before(root: torch.nn.Module, args: Any, kwargs: Any) -> None:
             attachment = reference()
             if attachment is not None:
-                attachment.begin_step(root)
+                attachment.begin_step(root, work_of(id(root), args, kwargs))
 
         def after(root: torch.nn.Module, _args: Any, _output: Any) -> None:
             attachment = reference()
@@ -115,7 +109,7 @@ class Attachment:
         for reference_to_root in self.roots:
             root = reference_to_root()
             if root is not None:
-                self._hooks.append(root.register_forward_pre_hook(before))
+                self._hooks.append(root.register_forward_pre_hook(before, with_kwargs=True))
                 self._hooks.append(root.register_forward_hook(after))
 
     def replace_forwards(self) -> None:
@@ -274,14 +268,11 @@ class Attachment:
                 inside = set(map(id, root.modules()))
                 swapped = [lay for lay in self.layers if lay.resident is None and id(lay.module()) in inside]
                 self.state.streamer.order.expect(id(root), swapped)
-        if any(layer.times.compute_s is None for layer in self.layers):
-            self._profiles_left = 2
 
     def make_plan(self, budget_bytes: int) -> Plan:
         """The plan for `budget_bytes`, from measured times where there are any; nothing is changed."""
-        costs = [LayerCost(layer.name, layer.payload_bytes, _compute_s(layer)) for layer in self.layers]
         return planner.make_plan(
-            costs,
+            profile.costs(self.layers),
             # The ring comes in whole alignments: a budget that does not would be passed by the rest.
             budget_bytes=max(0, budget_bytes - self.fixed_bytes - self.scratch_bytes)
             // ALIGNMENT_BYTES
@@ -453,50 +444,44 @@ class Attachment:
         """The run is over, whether or not all of its forwards came."""
         self.steps, self.step_index, self._host_counts = None, 0, False
 
-    def begin_step(self, root: torch.nn.Module) -> None:
-        """The forward of `root` (the module, or a part of it that runs by itself) begins."""
-        if self._profiles_left == 0 and not self._replanned:
-            self._replan()
+    def begin_step(self, root: torch.nn.Module, work: Work | None = None) -> None:
+        """The forward of `root` (the module, or a part of it that runs by itself) begins; `work`: what it is
+        asked for."""
+        work = work or Work(id(root), ())
+        if self._postponed is not None and self.step_index <= 1:  # Of another run, which may be longer.
+            self._profile.reconsider(self._postponed)
+            self._postponed = None
+        measured = self._profile.begin(work, self.layers)
+        if not measured and not self._profile.is_in_use(work):
+            self._replan(work)
         if not self._host_counts:
             # More forwards than were announced: the same run again.
             self.step_index = 1 if self.step_index == self.steps else self.step_index + 1
         wrap = None if self.steps is None else self.step_index < self.steps
-        profile = self._profiles_left > 0
-        self._profiles_left -= profile
         self.state.sweep()
-        self.state.streamer.begin_step(id(root), wrap=wrap, profile=profile)
+        self.state.streamer.begin_step(id(root), wrap=wrap, measured=work if measured else None)
 
-    def _replan(self) -> None:
-        """Once, from the times that the first steps measured."""
+    def _replan(self, work: Work) -> None:
+        """Another plan from the times that were measured for `work`, where it pays."""
         self.state.streamer.timeline.collect()
-        if (
-            self.plan is None
-            or self.budget_bytes is None
-            or all(lay.times.compute_s is None for lay in self.layers)
-        ):
+        if self.plan is None or self.budget_bytes is None:
             return
-        self._replanned = True
-        # A new list: the page may be walking along the old one.
-        self.layers = sorted(self.layers, key=lambda layer: layer.times.position)
+        layers = self._profile.use(work, self.layers)
+        if layers is None:
+            return  # The device has not come to their end yet: at the next step.
+        self.layers = layers  # A new list: the page may be walking along the old one.
         plan = self.make_plan(self.budget_bytes)
-        costs = [LayerCost(layer.name, layer.payload_bytes, _compute_s(layer)) for layer in self.layers]
-        now = planner.predict_step(
-            costs,
-            self.plan.resident,
-            ring_bytes=self.plan.ring_bytes,
-            link_bytes_per_s=self.link_bytes_per_s(),
-        )
-        if plan.step_s < REPLAN_GAIN * now:
+        gain = profile.gain(plan, self.plan, layers, self.link_bytes_per_s())
+        if gain is None:
+            return
+        if gain.pays_within(None if self.steps is None else self.steps - self.step_index):
             self.rebalance(self.budget_bytes)
+        else:
+            self._postponed = work
 
     def acquire(self, layer: Layer) -> Lease | ResidentLease:
         """The weights of `layer` on the device; see `Streamer.acquire`."""
         return self.state.streamer.acquire(layer)
-
-
-def _compute_s(layer: Layer) -> float:
-    measured = layer.times.compute_s
-    return measured if measured is not None else 2 * layer.elements * ASSUMED_TOKENS / ASSUMED_FLOPS
 
 
 def _ignoring_module(function: Any) -> Any:

@@ -154,16 +154,16 @@ class Streamer:
             layer.resident = layer.lease = layer.resident_ready = None
 
     # -------------------------------------------------------------------------------------------- in the step
-    def begin_step(self, root: Hashable, *, wrap: bool | None, profile: bool) -> None:
+    def begin_step(self, root: Hashable, *, wrap: bool | None, measured: Hashable = None) -> None:
         """The forward of the model `root` begins. `wrap`: whether another forward of it will follow (None:
-        not known)."""
+        not known). `measured`: the work whose times are measured in it, if any."""
         with self._lock:
             for transfer in list(self._leased):  # Abandoned: their forward raised.
                 self._give_back(transfer)
             if not self.order.begin(root):
                 self._drop_ahead()
             self.wrap = self.order.repeats if wrap is None else wrap
-            self.timeline.begin(root, profile=profile)
+            self.timeline.begin(root, measured)
             self._prefetch()
 
     def end_step(self, root: Hashable) -> None:

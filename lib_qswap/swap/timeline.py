@@ -45,10 +45,10 @@ class StepTimes(NamedTuple):
 
 
 class _Step:
-    __slots__ = ("base", "end", "profile", "root", "uses")
+    __slots__ = ("base", "end", "measured", "root", "uses")
 
-    def __init__(self, root: Hashable, base: Any, profile: bool) -> None:
-        self.root, self.base, self.profile = root, base, profile
+    def __init__(self, root: Hashable, base: Any, measured: Hashable) -> None:
+        self.root, self.base, self.measured = root, base, measured
         self.end: Any = None
         self.uses: list[Use] = []
 
@@ -63,16 +63,17 @@ class Timeline:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._step: _Step | None = None
-        self._waiting: deque[_Step] = deque(maxlen=4)
+        self._waiting: deque[_Step] = deque(maxlen=16)
         self.profiling = False
         self.finished: deque[StepTimes] = deque(maxlen=KEPT_STEPS)
 
-    def begin(self, root: Hashable, *, profile: bool) -> None:
+    def begin(self, root: Hashable, measured: Hashable = None) -> None:
+        """A forward of `root` begins. `measured`: the work whose times are taken in it, if any."""
         if self._step is not None:  # Its forward raised, or another model's runs inside it.
             self._step = None
         self.collect()
-        self._step = _Step(root, self.mark(self._device.current_stream()), profile)
-        self.profiling = profile
+        self._step = _Step(root, self.mark(self._device.current_stream()), measured)
+        self.profiling = measured is not None
 
     def end(self, root: Hashable) -> None:
         step = self._step
@@ -130,9 +131,9 @@ class Timeline:
             spans.append(
                 (use.layer.name, seconds(step.base, use.begun), seconds(step.base, use.served), *fetched)
             )
-        if step.profile:
+        if step.measured is not None:
             for position, (layer, took) in enumerate(compute.items()):
-                layer.times.compute_s, layer.times.position = took, position
+                layer.times.by_work[step.measured] = took, position
         self.finished.append(
             StepTimes(step.root, seconds(step.base, step.end), stall, copy, h2d_bytes, spans)
         )
