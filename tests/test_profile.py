@@ -8,6 +8,7 @@ import pytest
 import torch
 from swap_models import messages
 
+from lib_qswap.swap.device import device_of
 from lib_qswap.swap.layer import LayerTimes
 from lib_qswap.swap.manager import attached
 from lib_qswap.swap.profile import KEPT_WORKS, Profile, work_of
@@ -126,7 +127,7 @@ def test_a_work_is_the_shapes_of_the_tensors_that_a_forward_gets():
 
 
 def test_the_works_that_are_remembered_are_limited():
-    profile = Profile()
+    profile = Profile(device_of("cpu"))
     layer = SimpleNamespace(times=LayerTimes())
     for rows in range(10 * KEPT_WORKS):
         work = work_of("root", (torch.zeros(rows),), {})

@@ -1,7 +1,7 @@
-"""What layers take, measured in the first steps of every shape of the work, and whether another plan pays.
+"""What a step takes, measured in the first steps of every shape of the work, and whether another plan pays.
 
 A hires pass, a larger batch or a longer prompt changes how long each layer computes, and with it which layers
-had better be resident.
+had better be resident; and how much memory a step needs beside the weights.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lib_qswap.swap import planner
+from lib_qswap.swap.device import Device
 from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.planner import LayerCost, Plan
 
@@ -44,32 +45,62 @@ def work_of(root: Hashable, args: Iterable[Any], kwargs: Mapping[str, Any]) -> W
 
 
 class Profile:
-    """The measured times of one model's layers, by work."""
+    """The measured times of one model's layers, and the memory that its steps need, by work."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self._begun: dict[Work, int] = {}
+        self._needs: dict[Work, int] = {}
         self._in_use: dict[Hashable, Work] = {}
+        self._open: tuple[Work, int] | None = None
 
     def begin(self, work: Work, layers: Sequence[Layer]) -> bool:
-        """A forward begins. Returns whether its layers are to be measured."""
+        """A forward begins. Returns whether it is to be measured."""
+        self.close()
         begun = self._begun.get(work, 0)
         if begun == MEASURED_STEPS:
             return False
         if work not in self._begun and len(self._begun) == KEPT_WORKS:
             oldest = next(iter(self._begun))
             del self._begun[oldest]
+            self._needs.pop(oldest, None)
             for layer in layers:
                 layer.times.by_work.pop(oldest, None)
         self._begun[work] = begun + 1
+        allocated_bytes = self._device.allocated_bytes()
+        if allocated_bytes is not None:
+            self._open = work, allocated_bytes
         return True
+
+    def close(self) -> None:
+        """A measured step, with what its host does between steps, is over: its memory is what the peak rose
+        to. Where something else had taken more before, that is an upper bound."""
+        if self._open is not None:
+            work, had = self._open
+            self._open = None
+            need = self._device.peak_allocated_bytes() - had
+            self._needs[work] = max(need, self._needs.get(work, 0))
+
+    def forget(self, root: Hashable) -> None:
+        """The forward of `root` was broken off: what is known of it is measured again."""
+        self._open = None
+        for work in [work for work in self._begun if work.root == root]:
+            del self._begun[work]
+            self._needs.pop(work, None)
+        self._in_use.pop(root, None)
+
+    def need_bytes(self, work: Work) -> int | None:
+        """Device bytes that a step of `work` takes beside what was there before it; None: not measured
+        yet."""
+        return self._needs.get(work) if self._begun.get(work) == MEASURED_STEPS else None
 
     def is_in_use(self, work: Work) -> bool:
         """Whether the layers' `compute_s` are those of `work`."""
         return self._in_use.get(work.root) == work
 
-    def reconsider(self, work: Work) -> None:
-        """A plan for `work` is to be looked for again: the last one did not pay in what was left of a run."""
-        self._in_use.pop(work.root, None)
+    def reconsider(self) -> None:
+        """The next step of every known work is to look for a better plan: something has changed."""
+        self._in_use.clear()
 
     def use(self, work: Work, layers: list[Layer]) -> list[Layer] | None:
         """Takes over what was measured for `work` into the layers' times. Returns `layers` in the order of
