@@ -54,8 +54,10 @@ def run(model, rows_mb, device=GPU):
 
 
 @pytest.fixture
-def hungry(sim):
+def hungry(sim, virtual_time):
+    """The link is what limits its steps: every resident more makes them shorter."""
     sim.set_total(TOTAL)
+    sim.set_bandwidth(h2d=200e6)
     return Hungry()
 
 

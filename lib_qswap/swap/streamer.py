@@ -186,7 +186,6 @@ class Streamer:
             return layer.lease
         with self._lock:
             transfer = self._claim(layer)
-            self._prefetch()
         self._await(transfer)
         return Lease(self._parts(transfer), transfer, self)
 
@@ -206,7 +205,8 @@ class Streamer:
     def _await(self, transfer: Transfer) -> None:
         stream = self.device.current_stream()
         begun = self.timeline.mark(stream)
-        transfer.issued.wait()
+        if not transfer.issued.is_set():  # Waiting for what has happened takes a lock all the same.
+            transfer.issued.wait()
         if transfer.error is not None:
             with self._lock:
                 if transfer in self._leased:
@@ -226,6 +226,9 @@ class Streamer:
             self.misses += 1
             self._drop_ahead()
             transfer = self._fetch(layer) or self._overflow(layer)
+            self._leased[transfer] = None
+            self._prefetch()
+            return transfer
         self._leased[transfer] = None
         return transfer
 
