@@ -4,7 +4,8 @@
 
 WHAT: sd15, sd15mini, fluxaux (VAE, CLIP and T5 for Flux), t5q8 (fluxaux's T5 as GGUF), lora,
 flux:NAME:TYPE:HIDDEN:DOUBLE:SINGLE (a Flux transformer as GGUF); a standard set by default. As GGUF with a
-TYPE for the weights, and only when asked for: unet:sd1:NAME:TYPE, unet:sdxl:NAME:TYPE (small UNets),
+TYPE for the weights, and only when asked for: unet:sd1:NAME:TYPE, unet:sdxl:NAME:TYPE (small UNets,
+with :F16 at the end for convolutions that are not quantized, in their own shape),
 clip:l:NAME:TYPE, clip:g:NAME:TYPE, t5:NAME:TOKEN_EMBD_TYPE:NORM_TYPE; and sdvae, the UNets' VAE.
 """
 
@@ -198,7 +199,7 @@ class ModelMaker:
             self.flux(name, ggml_type, *map(int, sizes))
         elif kind in ("sd15", "sd15mini", "sdvae", "fluxaux", "t5q8", "lora") and not details:
             getattr(self, kind)()
-        elif (kind, len(details)) in (("unet", 3), ("clip", 3), ("t5", 3)):
+        elif (kind, len(details)) in (("unet", 3), ("unet", 4), ("clip", 3), ("t5", 3)):
             getattr(self, kind)(*details)
         else:
             sys.exit(f"make_models.py: {what} is none of the things it makes:{__doc__.partition('WHAT:')[2]}")
@@ -304,9 +305,12 @@ class ModelMaker:
     def sdvae(self) -> None:
         self.save(random_state(self.vae_shapes(SD15)), "VAE/sd_vae_rand")
 
-    def unet(self, arch: str, name: str, ggml_type: str) -> None:
+    def unet(self, arch: str, name: str, ggml_type: str, conv_type: str | None = None) -> None:
         """A UNet as city96's converter and llama-quantize make it: everything but vectors and small tensors
-        in one type; rows that are no whole number of 256 become rows of 256, and the shape is noted."""
+        in one type; rows that are no whole number of 256 become rows of 256, and the shape is noted.
+
+        With `conv_type` as stable-diffusion.cpp makes it: convolutions in that type, and no other shapes.
+        """
         shapes = self.unet_shapes(**({**SD1_UNET, **SD1_SMALL} if arch == "sd1" else SDXL_SMALL_UNET))
         rng = np.random.default_rng(0)
 
@@ -317,7 +321,9 @@ class ModelMaker:
                     yield tensor_name, random_tensor(tensor_name, shape).numpy(), None
                     continue
                 std = 0.7 / math.sqrt(math.prod(shape[1:]))
-                if shape[-1] % 256:
+                if conv_type and len(shape) == 4:
+                    yield tensor_name, packed_rows(rng, shape, conv_type, std), conv_type
+                elif shape[-1] % 256 and not conv_type:
                     rows = packed_rows(rng, (elements // 256, 256), ggml_type, std)
                     yield tensor_name, rows, ggml_type, shape
                 else:
