@@ -204,7 +204,8 @@ def _bind_weight(
     name = prefix + "weight"
     rest = {key: tensor for key, tensor in state_dict.items() if key != name}
     original(self, rest, prefix, local_metadata, strict, missing_keys, *args)
-    missing_keys.remove(name)
+    if name in missing_keys:
+        missing_keys.remove(name)
     weight = state_dict[name].with_dtype(self.weight.dtype)
     self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
