@@ -100,7 +100,7 @@ def _load_torch_file(original: Any, ckpt: str, *args: Any, **kwargs: Any) -> dic
         file = open_gguf(ckpt)
         if any(name.startswith(_DIFFUSERS_UNET) for name in file):
             raise GGUFError(
-                f"{file.path}: a UNet with the tensor names of diffusers ({_DIFFUSERS_UNET}...), which Forge"
+                f"{file.path}: a UNet with the tensor names of diffusers ({_DIFFUSERS_UNET}), which Forge"
                 " does not know: take a file with the original names (input_blocks...)"
             )
         return {name: _parameter(packed) for name, packed in file.items()}
