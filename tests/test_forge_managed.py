@@ -10,6 +10,7 @@ import swap_models as sm
 import torch
 
 from lib_qswap.swap import inventory
+from lib_qswap.swap.device import device_of
 
 pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("engine")]
 
@@ -69,3 +70,99 @@ def test_clips_embedding_stays_on_the_host_inside_its_wrapper_too(sim, forge, mo
     model.embed.to(dtype=torch.float32)
     assert model.embed.weight.dtype == torch.float32
     assert torch.equal(model.embed(indices), expected)
+
+
+MB = 1 << 20
+
+
+class Network(torch.nn.Module):
+    """Layers of Forge's own, and a temporary as large as the image asks for."""
+
+    def __init__(self, operations):
+        super().__init__()
+        weights = [sm.packed_weight("Q8_0", (1024, 1024), i % 4) for i in range(64)]
+        self.layers = torch.nn.ModuleList(
+            operations.ForgeOperations.Linear(torch.nn.Parameter(weight, requires_grad=False))
+            for weight in weights
+        )
+
+    def forward(self, x, image):
+        torch.empty(image.shape[0] * MB, dtype=torch.uint8, device=x.device)
+        for layer in self.layers:
+            x = layer(x) / 1000
+        return x
+
+
+@pytest.fixture
+def small_gpu(sim, virtual_time):
+    """Forge on a device of 512 MB, of which it keeps at least 16 free for the image; the link is what limits
+    it."""
+    sim.set_total(512 * MB)
+    sim.set_bandwidth(h2d=20e6)
+    gpu = torch.device(GPU, 0)
+
+    def free_bytes(dev=None, torch_free_too=False):
+        free, _ = device_of(gpu).memory_bytes()
+        return (free, 0) if torch_free_too else free
+
+    with forge_standin.running() as webui:
+        memory = webui.memory_management
+        memory.get_free_memory, memory.get_torch_device = free_bytes, lambda: gpu
+        memory.current_inference_memory = 16 * MB
+        webui.load_scripts()
+        webui.script_callbacks.run("ui_settings")
+        yield webui
+
+
+def patcher_of(forge):
+    model = torch.nn.Module()
+    model.diffusion_model = Network(forge.operations)
+    model.computation_dtype = torch.float32
+    patcher = forge.base.ModelPatcher(model, torch.device(GPU, 0), torch.device("cpu"))
+    patcher.model_patches_to = lambda where: None
+    patcher.model_dtype = lambda: torch.float32
+    patcher.forge_patch_model = lambda device: model
+    patcher.forge_unpatch_model = lambda: None
+    return patcher
+
+
+def sample(forge, patcher, image_mb, reserve_mb, steps=4):
+    """One pass of sampling as Forge makes it; returns what it would see as free in the last step."""
+    forge.memory_management.load_models_gpu([patcher], memory_required=reserve_mb * MB)
+    x = torch.ones(1, 1024, device=GPU)
+    with torch.inference_mode():
+        for _ in range(steps):
+            patcher.model.diffusion_model(x, torch.empty(image_mb, 0))
+    return forge.memory_management.get_free_memory(torch.device(GPU, 0))
+
+
+def test_what_forge_reserves_and_does_not_need_is_lent_to_residents(small_gpu):
+    patcher = patcher_of(small_gpu)
+    managed = small_gpu.qswap("managed")
+    seen = sample(small_gpu, patcher, image_mb=10, reserve_mb=390)
+    attachment = managed.attachment_of(patcher.model)
+    asked = attachment.asked_bytes
+    assert 0 < asked < attachment.whole_bytes
+    assert attachment.grown_bytes > 10 * MB
+    # Forge goes on seeing what it reserved.
+    free, _ = attachment.device.memory_bytes()
+    assert seen == pytest.approx(free + attachment.grown_bytes, abs=MB)
+    assert seen >= 390 * MB
+
+    grown = attachment.grown_bytes
+    sample(small_gpu, patcher, image_mb=10, reserve_mb=390)
+    assert attachment.grown_bytes == grown  # and nothing is moved for the next image
+    assert attachment.asked_bytes == asked
+
+    small_gpu.memory_management.load_models_gpu([patcher], memory_required=440 * MB)
+    assert attachment.grown_bytes == 0
+    assert attachment.device.memory_bytes()[0] >= 440 * MB
+
+
+def test_a_limit_that_the_user_set_is_not_passed_by_lending(small_gpu):
+    small_gpu.shared.opts.data["qswap_gpu_budget_mb"] = 40
+    patcher = patcher_of(small_gpu)
+    sample(small_gpu, patcher, image_mb=10, reserve_mb=100)
+    attachment = small_gpu.qswap("managed").attachment_of(patcher.model)
+    assert attachment.budget_bytes == 40 * MB
+    assert attachment.grown_bytes == 0

@@ -92,13 +92,13 @@ def test_states_follow_what_the_device_has_done_and_not_what_was_asked(sim):
 
     class Slow(torch.nn.Linear):
         def forward(self, x):
-            sim.busy(0.05)
+            sim.busy(0.15)
             return super().forward(x)
 
     model = torch.nn.Sequential(*(Slow(256, 256) for _ in range(4))).requires_grad_(False)
     layer_bytes = 256 * 256 * 4 + 1024
     ring = 2 * layer_bytes
-    sim.set_bandwidth(h2d=layer_bytes / 0.1)  # 100 ms for each
+    sim.set_bandwidth(h2d=layer_bytes / 0.3)  # 300 ms for each: a busy machine sees each state, too
     seen = {str(i): [] for i in range(4)}
     with (
         attached(model, device=GPU, location="shared", budget_bytes=ring, ring_bytes=ring) as attachment,

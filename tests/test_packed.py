@@ -416,7 +416,7 @@ def test_a_state_dict_is_unpacked_into_plain_weights_that_copy_it():
     other = nn.Linear(COLUMNS, ROWS, bias=False)
     other.load_state_dict(layer.state_dict())
     assert type(other.weight) is nn.Parameter
-    assert torch.equal(other.weight, values.half().float())
+    assert torch.equal(other.weight, values)  # rounded once, to the dtype that it is copied to
     assert other.weight.requires_grad
 
 
@@ -495,8 +495,8 @@ def test_a_packed_tensor_is_copied_into_a_plain_one_unpacked(made_in, used_in):
         plain = torch.zeros(ROWS, COLUMNS)
         plain.copy_(tensor)
         plain[0] += tensor[0]
-        assert torch.equal(plain[1:], values.half().float()[1:])
-        assert torch.equal(plain[0], 2 * values.half().float()[0])
+        assert torch.equal(plain[1:], values[1:])  # rounded once, to the dtype of where it goes
+        assert torch.equal(plain[0], values[0] + values.half().float()[0])
 
 
 def test_results_can_be_written_to_and_do_not_change_the_weight():

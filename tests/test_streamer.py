@@ -393,7 +393,7 @@ def test_stalls_are_what_the_bandwidth_dictates(sim, compute_mode):
             assert step.stall_s == pytest.approx(copying - count * layer_s, rel=1e-3)
             assert step.copy_s == pytest.approx(copying, rel=1e-3)
             assert step.stall_s == pytest.approx(
-                sum(served - begun for _, begun, served, *_ in step.spans), rel=1e-6
+                sum(served - begun for _, begun, served, *_ in step.spans()), rel=1e-6
             )
         layer = attachment.layers[3]
         assert layer.times.uses == 6

@@ -13,7 +13,7 @@ from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap.execute import gather_rows, linear, weight_for
 from lib_qswap.swap.streamer import Lease, ResidentLease
 
-from . import loading, managed
+from . import loading, managed, settings
 from .patches import Patch
 
 
@@ -139,4 +139,12 @@ def _product(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
 
 def _embedding(original: Any, self: torch.nn.Embedding, x: torch.Tensor) -> torch.Tensor:
     dtype = managed.gathered_dtype(self)
-    return original(self, x) if dtype is None else gather_rows(self.weight, x, dtype)
+    if dtype is None and not isinstance(self.weight, PackedTensor):
+        return original(self, x)
+    return gather_rows(
+        self.weight,
+        x,
+        dtype or self.weight.dtype,
+        arithmetic=settings.in_effect().arithmetic,
+        computation_dtype=torch.float16,  # Forge unpacks an embedding before it knows another.
+    )

@@ -14,6 +14,7 @@ import torch
 from lib_qswap.quant.gguf_file import GGUFError, open_gguf
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap import ledger
+from lib_qswap.swap.inventory import GATHERED_FROM_BYTES
 
 from . import notices, settings
 from .patches import Patch
@@ -32,9 +33,15 @@ def patches() -> list[Patch]:
     return [
         *(Patch(module, "load_torch_file", _load_torch_file) for module in importers),
         Patch(operations.ForgeOperationsGGUF.Linear, "_load_from_state_dict", _load_linear),
+        Patch(operations.ForgeOperations.Linear, "_load_from_state_dict", _load_plain_linear),
+        Patch(operations.ForgeOperations.Conv2d, "_load_from_state_dict", _load_convolution),
+        Patch(operations.ForgeOperations.Embedding, "_load_from_state_dict", _load_embedding),
         Patch(memory_management, "unet_inital_load_device", _load_to_cpu),
         Patch(memory_management, "get_computation_dtype", _computation_dtype),
     ]
+
+
+_DIFFUSERS_UNET = "up_blocks.0.resnets."  # ControlNets, which Forge reads, have no such blocks.
 
 
 class GGMLClass:
@@ -73,8 +80,9 @@ class ForgePackedTensor(PackedTensor):
     def computation_dtype(self) -> torch.dtype:
         return self.dtype
 
-    def dequantize_as_pytorch_parameter(self) -> torch.nn.Parameter:
-        return torch.nn.Parameter(dequantize(self, self.dtype), requires_grad=False)
+    def dequantize_as_pytorch_parameter(self) -> ForgePackedTensor:
+        """Itself: Forge asks for this because its own embeddings cannot hold what a GGUF holds."""
+        return self
 
 
 def dequantize(weight: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -89,7 +97,13 @@ def _load_torch_file(original: Any, ckpt: str, *args: Any, **kwargs: Any) -> dic
     if not str(ckpt).lower().endswith(".gguf"):
         return original(ckpt, *args, **kwargs)
     try:
-        return {name: _parameter(packed) for name, packed in open_gguf(ckpt).items()}
+        file = open_gguf(ckpt)
+        if any(name.startswith(_DIFFUSERS_UNET) for name in file):
+            raise GGUFError(
+                f"{file.path}: a UNet with the tensor names of diffusers ({_DIFFUSERS_UNET}), which Forge"
+                " does not know: take a file with the original names (input_blocks...)"
+            )
+        return {name: _parameter(packed) for name, packed in file.items()}
     except GGUFError as error:
         # Forge says no more than that it does not recognize the model.
         ledger.message(str(error), "error")
@@ -134,6 +148,66 @@ def _load_linear(original: Any, self: Any, state_dict: dict[str, Any], prefix: s
         if tensor is not None:
             setattr(self, name, tensor)
     del self.dummy
+
+
+def _load_plain_linear(original: Any, self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Where Forge expects plain weights (CLIP). What the file holds unquantized is stored in the dtype that
+    Forge chose, as it does, so that it is neither larger nor more precise than there."""
+    if hasattr(self, "dummy"):
+        dtype = self.dummy.dtype
+        state_dict = {
+            name: tensor.dequantize(dtype)
+            if isinstance(tensor, PackedTensor) and tensor.format.dtype not in (None, dtype)
+            else tensor
+            for name, tensor in state_dict.items()
+        }
+    original(self, state_dict, prefix, *args)
+
+
+def _load_convolution(original: Any, self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Forge's convolutions copy into the weight that they were made with; a quantized one takes its place."""
+    weight = state_dict.get(prefix + "weight")
+    if isinstance(weight, PackedTensor) and weight.format.dtype is None and _fits(self, weight):
+        _bind_weight(original, self, state_dict, prefix, *args)
+        self.parameters_manual_cast = True  # For Forge: the weight is not what it is computed with.
+    else:
+        original(self, state_dict, prefix, *args)
+
+
+def _load_embedding(original: Any, self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """A large embedding stays as it is in the file: its rows are unpacked when they are looked up."""
+    weight = state_dict.get(prefix + "weight")
+    if not isinstance(weight, PackedTensor) or not _fits(self, weight):
+        original(self, state_dict, prefix, *args)
+    elif weight.packed_nbytes < GATHERED_FROM_BYTES:
+        plain = dequantize(weight, self.weight.dtype)
+        original(self, {**state_dict, prefix + "weight": plain}, prefix, *args)
+    else:
+        _bind_weight(original, self, state_dict, prefix, *args)
+
+
+def _fits(module: Any, weight: PackedTensor) -> bool:
+    return bool(weight.shape == module.weight.shape)
+
+
+def _bind_weight(
+    original: Any,
+    self: Any,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    *args: Any,
+) -> None:
+    """Loads a torch module with the weight of `state_dict` itself as its parameter, and the rest as usual."""
+    name = prefix + "weight"
+    rest = {key: tensor for key, tensor in state_dict.items() if key != name}
+    original(self, rest, prefix, local_metadata, strict, missing_keys, *args)
+    if name in missing_keys:
+        missing_keys.remove(name)
+    weight = state_dict[name].with_dtype(self.weight.dtype)
+    self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
 def _load_to_cpu(_original: Any, *_args: Any, **_kwargs: Any) -> torch.device:

@@ -213,8 +213,18 @@ def wants_care(patcher: Any) -> bool:
     return patcher.model in _attachments or has_packed_weights(patcher.model)
 
 
-def load(loaded: Any, budget_bytes: int | None) -> torch.nn.Module:
-    """As LoadedModel.model_load, for a model whose weights QSwap serves.
+def grown_bytes(device: torch.device) -> int:
+    """Device bytes that running models were given because their steps do not need them."""
+    return sum(
+        attachment.grown_bytes
+        for attachment in list(_attachments.values())
+        if attachment.device.device == device and attachment.is_running
+    )
+
+
+def load(loaded: Any, budget_bytes: int | None, spare_bytes: int = 0) -> torch.nn.Module:
+    """As LoadedModel.model_load, for a model whose weights QSwap serves; `spare_bytes` as in
+    `Attachment.rebalance`.
 
     Raises:
         what attaching or a LoRA raised; the model is then as it was before, and nothing of it is on the
@@ -230,7 +240,7 @@ def load(loaded: Any, budget_bytes: int | None) -> torch.nn.Module:
         attachment = attachment_for(patcher)
         patcher.refresh_loras()
         set_manual_cast(attachment, managed=True)
-        attachment.rebalance(budget_bytes)
+        attachment.rebalance(budget_bytes, spare_bytes=spare_bytes)
         if not hasattr(patcher.model, "diffusion_model"):
             attachment.begin_run(1)  # Encoders run once: nothing is fetched for a second time.
     except BaseException:

@@ -26,7 +26,8 @@ MARGIN_BYTES = 64 << 20
 free."""
 
 REGROW_SHARE = 0.02
-"""A budget that grew by less than this share of the model does not make residents move."""
+"""A budget that grew by less than this share of the model does not make residents move; nor does one that
+shrank within the margin."""
 
 
 def patches() -> list[Patch]:
@@ -38,6 +39,7 @@ def patches() -> list[Patch]:
         Patch(mm.LoadedModel, "model_unload", _model_unload),
         Patch(mm, "free_memory", _free_memory),
         Patch(mm, "load_models_gpu", _load_models_gpu),
+        Patch(mm, "get_free_memory", _get_free_memory),
     ]
 
 
@@ -91,6 +93,23 @@ def _parameter_bytes(parameter: torch.Tensor) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------- room
+def _get_free_memory(original: Any, dev: Any = None, torch_free_too: bool = False) -> Any:
+    """What residents were given because the steps do not need it counts as free for whoever computes: it is
+    given back before it is needed, and Forge goes on batching as it did when the need was measured."""
+    from backend import memory_management as mm
+
+    lent = managed.grown_bytes(mm.get_torch_device() if dev is None else dev)
+    free = original(dev, torch_free_too)
+    return (free[0] + lent, free[1] + lent) if torch_free_too else free + lent
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What is free, without what is only lent to residents."""
+    from backend import memory_management as mm
+
+    return int(mm.get_free_memory(device)) - managed.grown_bytes(device)
+
+
 def _own_bytes(attachment: Attachment) -> int:
     """What a managed model holds on the device, and what of the shared buffers it can use again."""
     return attachment.device_bytes() + attachment.state.shared_bytes
@@ -105,12 +124,12 @@ def _make_room(need_bytes: float, device: torch.device, keep: Sequence[Any]) -> 
         other for other in reversed(mm.current_loaded_models) if other.device == device and other not in keep
     ]
     for other in others:
-        missing = need_bytes - mm.get_free_memory(device)
+        missing = need_bytes - _free_bytes(device)
         attachment = managed.attachment_of(other.model.model)
         if missing > 0 and attachment is not None and attachment.active:
             attachment.give_up(int(missing) + 1)
     for other in others:
-        if mm.get_free_memory(device) > need_bytes:
+        if _free_bytes(device) > need_bytes:
             break
         attachment = managed.attachment_of(other.model.model)
         if attachment is not None and not attachment.device_bytes():
@@ -217,7 +236,7 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
     else:
         need = mm.module_size(patcher.model, exclude_device=device)
     _make_room(need + inference_bytes, device, keep)
-    available = mm.get_free_memory(device) - inference_bytes
+    available = _free_bytes(device) - inference_bytes
     if attachment is None:
         is_bnb = bnb.is_bnb(patcher.model)
         if need <= available:
@@ -232,23 +251,26 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
             keep.remove(loaded)
             loaded.model_unload()
             loaded = None
-            available = mm.get_free_memory(device) - inference_bytes
+            available = _free_bytes(device) - inference_bytes
         if is_bnb and (reason := _taking_over_fails(patcher)):
             _leave_to_host(patcher, None, keep, reason, int(max(0, available)))
             return
         attachment = managed.attachment_for(patcher)
-    budget = _limited(available + _own_bytes(attachment))
+    own = _own_bytes(attachment)
+    budget = _limited(available + own)
+    spare = _limited(available + own + inference_bytes) - budget
     try:
         if loaded is None:
             loaded = mm.LoadedModel(patcher)
             keep.append(loaded)
-            managed.load(loaded, budget)
+            managed.load(loaded, budget, spare)
         else:
             mm.current_loaded_models.remove(loaded)
-            had = attachment.budget_bytes
-            grown = attachment.payload_bytes * REGROW_SHARE
-            if had is None or budget < had or budget > had + grown:
-                attachment.rebalance(budget)
+            had = attachment.asked_bytes
+            more = attachment.payload_bytes * REGROW_SHARE
+            less = MARGIN_BYTES // 2
+            if had is None or not had - less <= budget <= had + more or spare < attachment.spare_bytes:
+                attachment.rebalance(budget, spare_bytes=spare)
             else:
                 _wake(attachment, budget)
     except Exception as error:

@@ -33,6 +33,18 @@ _OPERATIONS = "backend.operations"
 _PATCHER = "backend.patcher.base"
 
 
+_LOAD = (
+    "self",
+    "state_dict",
+    "prefix",
+    "local_metadata",
+    "strict",
+    "missing_keys",
+    "unexpected_keys",
+    "error_msgs",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class HookPoint:
     """One name that QSwap replaces or relies on. `parameters` are the names it is called with; None: it only
@@ -66,21 +78,10 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     ),
     HookPoint(_OPERATIONS, "main_stream_worker", ("weight", "bias", "signal")),
     HookPoint(_OPERATIONS, "ForgeOperations.Embedding.forward", ("self", "x")),
+    HookPoint(_OPERATIONS, "ForgeOperations.Conv2d.forward", ("self", "x")),
+    HookPoint(_OPERATIONS, "ForgeOperations.Linear._load_from_state_dict", _LOAD),
     HookPoint(_OPERATIONS, "ForgeOperationsGGUF.Linear.forward", ("self", "x")),
-    HookPoint(
-        _OPERATIONS,
-        "ForgeOperationsGGUF.Linear._load_from_state_dict",
-        (
-            "self",
-            "state_dict",
-            "prefix",
-            "local_metadata",
-            "strict",
-            "missing_keys",
-            "unexpected_keys",
-            "error_msgs",
-        ),
-    ),
+    HookPoint(_OPERATIONS, "ForgeOperationsGGUF.Linear._load_from_state_dict", _LOAD),
     HookPoint(
         "backend.operations_gguf", "ParameterGGUF.__init__", ("self", "tensor", "requires_grad", "no_init")
     ),

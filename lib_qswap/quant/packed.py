@@ -14,6 +14,7 @@ What an operation does with one:
   where the original was.
 - slices, `narrow`, `select`, `split`, `chunk` along dim 0, on block boundaries: alias the bytes; `source` is
   cut to fit. `cat` along dim 0 joins the bytes of equal formats.
+- `copy_` into a plain tensor unpacks to that tensor's dtype.
 - `empty_like`, `new_zeros` and their kin, and questions about shape or dtype, need no bytes.
 - what would write into it raises: packed weights are immutable.
 - anything else unpacks to the logical dtype and computes with that plain tensor. Views such as `t()` are

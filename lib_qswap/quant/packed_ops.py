@@ -26,6 +26,14 @@ def _alias(func: Any, tensor: PackedTensor, **_: Any) -> Any:
     return tensor._with(tensor.packed, tensor.shape, source=tensor.source)
 
 
+@implements("copy_.default")
+def _copy_into(func: Any, tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
+    # As `load_state_dict` does: rounded once, to the dtype of where it goes.
+    if isinstance(tensor, PackedTensor) or not isinstance(source, PackedTensor):
+        return NotImplemented
+    return func(tensor, source.dequantize(tensor.dtype), non_blocking)
+
+
 # -- Copies and moves ----------------------------------------------------------------------------------------
 
 

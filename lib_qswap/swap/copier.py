@@ -27,6 +27,10 @@ STAGING_BUFFER_BYTES = 8 << 20
 STAGING_BUFFERS = 4
 
 
+ISSUED = threading.Event()
+ISSUED.set()
+
+
 class Transfer:
     """One payload on its way to `target` (uint8, flat, on the device).
 
@@ -34,6 +38,8 @@ class Transfer:
         waits: events after which `target` may be written.
         started, ready: events on the copy stream around the copy; recorded once `recorded` and `issued`
             are set.
+        issued: set once the copy has been handed to the device; the event of each transfer that another
+            thread hands over, one for all that need none of their own.
         error: why the bytes are not there, if so.
     """
 
@@ -56,7 +62,7 @@ class Transfer:
         self.nbytes = target.numel()
         self.started: Any = None
         self.ready: Any = None
-        self.issued = threading.Event()
+        self.issued = ISSUED
         self.recorded = False
         self.cancelled = False
         self.error: BaseException | None = None
@@ -150,6 +156,7 @@ class Copier:
         transfer.ready = self._device.new_event(timing=True)
         self.h2d_bytes += transfer.nbytes
         if self._queue is not None:
+            transfer.issued = threading.Event()
             self._queue.put(transfer)
         else:
             self._issue(transfer)
@@ -174,7 +181,7 @@ class Copier:
 
     def _issue(self, transfer: Transfer) -> None:
         try:
-            with torch.no_grad(), self._device.on_stream(self.stream):
+            with self._device.on_stream(self.stream):
                 for event in transfer.waits:
                     self._device.wait(event, self.stream)
                 self._device.record(transfer.started, self.stream)
@@ -185,7 +192,8 @@ class Copier:
         except BaseException as error:
             transfer.error = error
         finally:
-            transfer.issued.set()
+            if transfer.issued is not ISSUED:
+                transfer.issued.set()
 
     def _copy(self, transfer: Transfer) -> None:
         home, target = transfer.layer.home, transfer.target

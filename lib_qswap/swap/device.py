@@ -135,6 +135,18 @@ class Device:
         cached = self._module.memory_reserved(self.device) - self._module.memory_allocated(self.device)
         return free + cached, total
 
+    def allocated_bytes(self) -> int | None:
+        """What tensors take on the device now; None where that is not known together with its peak."""
+        return self._module.memory_allocated(self.device) if self._knows_peak else None
+
+    def peak_allocated_bytes(self) -> int:
+        """The most that tensors have taken at once. It is never set back here: others show it."""
+        return self._module.max_memory_allocated(self.device)
+
+    @property
+    def _knows_peak(self) -> bool:
+        return not self.is_host and hasattr(self._module, "max_memory_allocated")
+
     def empty_cache(self) -> None:
         if not self.is_host:
             self._module.empty_cache()

@@ -89,12 +89,19 @@ def weight_for(
     return scratch.view(weight.shape, dtype).copy_(weight)
 
 
-def gather_rows(weight: torch.Tensor, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def gather_rows(
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    arithmetic: Arithmetic = "exact",
+    computation_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """Rows of a master that stays on the host, on the device of `indices`; shape (*indices.shape, row
     length).
 
     Only the rows asked for are read, unpacked and copied: a text encoder's embedding has 32,128 of them and a
-    prompt needs 256.
+    prompt needs 256. `arithmetic` and `computation_dtype` are `unpack`'s.
 
     Raises:
         OSError, GGUFError: the file of the master can no longer be read.
@@ -103,7 +110,7 @@ def gather_rows(weight: torch.Tensor, indices: torch.Tensor, dtype: torch.dtype)
     if isinstance(weight, PackedTensor):
         packed = _packed_rows(weight, wanted)
         rows = PackedTensor(packed, weight.format, torch.Size((wanted.numel(), weight.shape[1])), dtype=dtype)
-        gathered = rows.dequantize(dtype)
+        gathered = rows.dequantize(dtype, arithmetic=arithmetic, computation_dtype=computation_dtype)
     else:
         gathered = weight.as_subclass(torch.Tensor)[wanted].to(dtype)
     return gathered.to(indices.device).view(*indices.shape, weight.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -90,14 +91,14 @@ class LayerTimes:
     """What the last steps measured of one layer (seconds, on the device's clock).
 
     Attributes:
-        position: when it came in the last measured forward: the number of uses before it.
         compute_s: from the start of this layer's compute to the start of the next layer's, stalls left
             out; None before it was measured.
+        by_work: what was measured for each work: compute_s, and the number of uses before this layer's.
         uses: how often a forward has asked for its weights.
     """
 
     compute_s: float | None = None
-    position: int = 0
+    by_work: dict[Hashable, tuple[float, int]] = field(default_factory=dict)
     stall_s: float = 0.0
     stall_total_s: float = 0.0
     uses: int = 0

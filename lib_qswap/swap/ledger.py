@@ -168,7 +168,7 @@ def trace_events() -> list[dict[str, Any]]:
     for process, state in enumerate({id(model.state): model.state for model in attachments()}.values()):
         start = 0.0
         for step in list(state.streamer.timeline.finished):
-            for name, begin, served, copy_begin, copy_end in step.spans:
+            for name, begin, served, copy_begin, copy_end in step.spans():
                 if served > begin:
                     events.append(
                         _event(f"wait for {name}", "stall", process, 1, start + begin, served - begin)

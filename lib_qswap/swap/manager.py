@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from lib_qswap.quant.unpack import Arithmetic
-from lib_qswap.swap import ledger, planner
+from lib_qswap.swap import ledger, planner, profile
 from lib_qswap.swap.device import ALIGNMENT_BYTES, Device, device_of
 from lib_qswap.swap.device_state import state_of
 from lib_qswap.swap.execute import Forward, GatheredForward
@@ -27,18 +28,21 @@ from lib_qswap.swap.home import (
 )
 from lib_qswap.swap.inventory import Inventory
 from lib_qswap.swap.layer import Layer
-from lib_qswap.swap.planner import LayerCost, Plan
+from lib_qswap.swap.planner import Plan
+from lib_qswap.swap.profile import Profile, Work, work_of
+from lib_qswap.swap.retry import RetryingForward
 from lib_qswap.swap.streamer import Lease, ResidentLease
 
 ASSUMED_LINK_BYTES_PER_S = 12e9
-ASSUMED_FLOPS = 20e12
-ASSUMED_TOKENS = 4096
-"""What a plan is made from until the first steps are measured: a mid-range card on PCIe 3 x16 at 1024 x
-1024."""
+"""What a plan is made from until the first copies are measured: PCIe 3 x16."""
 
-REPLAN_GAIN = 0.97
-"""A plan from measured times replaces the first one only if it predicts a step this much shorter: residents
-have to move for it."""
+RELIEF_BYTES = 256 << 20
+"""The least that residents give back where the computation ran out of memory."""
+
+NEED_MARGIN = 10
+NEED_MARGIN_BYTES = (512 if sys.platform == "win32" else 64) << 20
+"""Left free beside what a step was seen to need: a tenth of it, and this. Windows moves memory of programs to
+RAM, silently, before the card is full."""
 
 
 class Attachment:
@@ -49,6 +53,9 @@ class Attachment:
         location: the user's choice of home.
         layers: those that can be swapped, in the order of execution as far as it is known.
         plan: the last one; None while nothing is on the device.
+        budget_bytes: device bytes for weights that are in force; None: not decided yet, or no longer right.
+        spare_bytes: what may be given on top of the budget that was asked for.
+        grown_bytes: the part of it that was given on top, since steps turned out not to need it.
     """
 
     _serials = itertools.count()
@@ -83,9 +90,12 @@ class Attachment:
         self._host_counts = False
         self._ring_bytes = ring_bytes
         self._pin_budget_bytes = pin_budget_bytes
-        self._profiles_left = 0
-        self._replanned = False
+        self.spare_bytes = 0
+        self.grown_bytes = 0
+        self._profile = Profile(device)
+        self._postponed = False
         self._hooks: list[Any] = []
+        self._retrying: list[RetryingForward] = []
         self._forwards: list[tuple[weakref.ref[torch.nn.Module], Any]] = []
         self.inventory = Inventory(module, can_swap, borrows)
         self.layers = self.inventory.layers
@@ -102,21 +112,27 @@ class Attachment:
     def _hook_roots(self) -> None:
         reference = weakref.ref(self)
 
-        def before(root: torch.nn.Module, _args: Any) -> None:
+        def before(root: torch.nn.Module, args: Any, kwargs: Any) -> None:
             attachment = reference()
             if attachment is not None:
-                attachment.begin_step(root)
+                attachment.begin_step(root, work_of(id(root), args, kwargs))
 
         def after(root: torch.nn.Module, _args: Any, _output: Any) -> None:
             attachment = reference()
             if attachment is not None:
                 attachment.state.streamer.end_step(id(root))
 
+        def relieve(root: torch.nn.Module) -> bool:
+            attachment = reference()
+            return attachment is not None and attachment.relieve(root)
+
         for reference_to_root in self.roots:
             root = reference_to_root()
             if root is not None:
-                self._hooks.append(root.register_forward_pre_hook(before))
+                self._hooks.append(root.register_forward_pre_hook(before, with_kwargs=True))
                 self._hooks.append(root.register_forward_hook(after))
+                self._retrying.append(RetryingForward(root, relieve))
+                self._retrying[-1].put_in_place()
 
     def replace_forwards(self) -> None:
         """Lets every swapped module compute from its lease; for models whose host has no forwards of its own
@@ -175,8 +191,18 @@ class Attachment:
         return (self.fixed_bytes if self.active else 0) + self.resident_bytes
 
     @property
+    def asked_bytes(self) -> int | None:
+        """The budget in force without what was given on top of it."""
+        return None if self.budget_bytes is None else self.budget_bytes - self.grown_bytes
+
+    @property
     def active(self) -> bool:
         return self.plan is not None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is among the models that run now: ring and scratch are there for it."""
+        return self in self.state.active
 
     def configure(
         self,
@@ -202,19 +228,27 @@ class Attachment:
         budget.limit_bytes = default_pin_budget_bytes() + budget.used_bytes if nbytes is None else nbytes
 
     # ------------------------------------------------------------------------------------------------ balance
-    def rebalance(self, budget_bytes: int | None = None) -> None:
+    def rebalance(self, budget_bytes: int | None = None, *, spare_bytes: int = 0) -> None:
         """Brings the device copies in line with `budget_bytes` (fixed, residents, ring and scratch together).
 
-        None: what the device has free now, less an eighth for activations. Only between forwards. A budget
-        below the floor is raised to it, and a device that turns out to have less than the budget gets less,
-        each with a message.
+        None: what the device has free now, less an eighth for activations. `spare_bytes`: what may be taken
+        on top of the budget once the first steps have shown that they can do without it. Only between
+        forwards. A budget below the floor is raised to it, and a device that turns out to have less than the
+        budget gets less, each with a message.
 
         Raises:
             torch.OutOfMemoryError: the device has no room even for the floor; nothing is left on it.
         """
         if budget_bytes is None:
             free, _ = self.device.memory_bytes()
-            budget_bytes = (free + self.device_bytes() + self.state.shared_bytes) * 7 // 8
+            usable = free + self.device_bytes() + self.state.shared_bytes
+            budget_bytes = usable * 7 // 8
+            spare_bytes = usable - budget_bytes
+        self.spare_bytes, self.grown_bytes = spare_bytes, 0
+        self._profile.reconsider()
+        self._fit_into(budget_bytes)
+
+    def _fit_into(self, budget_bytes: int) -> None:
         while True:
             try:
                 with self.state.changing():
@@ -274,14 +308,11 @@ class Attachment:
                 inside = set(map(id, root.modules()))
                 swapped = [lay for lay in self.layers if lay.resident is None and id(lay.module()) in inside]
                 self.state.streamer.order.expect(id(root), swapped)
-        if any(layer.times.compute_s is None for layer in self.layers):
-            self._profiles_left = 2
 
     def make_plan(self, budget_bytes: int) -> Plan:
         """The plan for `budget_bytes`, from measured times where there are any; nothing is changed."""
-        costs = [LayerCost(layer.name, layer.payload_bytes, _compute_s(layer)) for layer in self.layers]
         return planner.make_plan(
-            costs,
+            profile.costs(self.layers),
             # The ring comes in whole alignments: a budget that does not would be passed by the rest.
             budget_bytes=max(0, budget_bytes - self.fixed_bytes - self.scratch_bytes)
             // ALIGNMENT_BYTES
@@ -345,7 +376,7 @@ class Attachment:
                 nbytes -= layer.payload_bytes
         self.state.streamer.quiesce()
         self.state.streamer.evict(dropped)
-        self.budget_bytes = None
+        self.budget_bytes, self.grown_bytes = None, 0
         if nbytes > 0:
             self.unload()
 
@@ -365,6 +396,7 @@ class Attachment:
 
     def rest(self) -> None:
         """This model does not run for a while: what its layers pass through is given back, residents stay."""
+        self._profile.close()
         if self in self.state.active:
             with self.state.changing():
                 self.state.active.discard(self)
@@ -404,12 +436,13 @@ class Attachment:
 
     def unload(self) -> None:
         """Drops every device copy. Nothing is moved: the masters have been there all the time."""
+        self._profile.close()
         with self.state.changing():
             self.state.streamer.quiesce()
             self.state.streamer.evict([layer for layer in self.layers if layer.resident is not None])
             if self.plan is not None:
                 self.inventory.bind_fixed_to_masters()
-            self.plan = None
+            self.plan, self.grown_bytes = None, 0
             for key in self._root_keys:
                 self.state.streamer.order.forget(key)
             self.state.active.discard(self)
@@ -437,6 +470,9 @@ class Attachment:
                 else:
                     module.__dict__["forward"] = original
         self._forwards.clear()
+        for forward in self._retrying:
+            forward.remove()
+        self._retrying.clear()
         self._finalizer.detach()
 
     # -------------------------------------------------------------------------------------------------- steps
@@ -453,50 +489,125 @@ class Attachment:
         """The run is over, whether or not all of its forwards came."""
         self.steps, self.step_index, self._host_counts = None, 0, False
 
-    def begin_step(self, root: torch.nn.Module) -> None:
-        """The forward of `root` (the module, or a part of it that runs by itself) begins."""
-        if self._profiles_left == 0 and not self._replanned:
-            self._replan()
+    def begin_step(self, root: torch.nn.Module, work: Work | None = None) -> None:
+        """The forward of `root` (the module, or a part of it that runs by itself) begins; `work`: what it is
+        asked for."""
+        work = work or Work(id(root), ())
+        if self._postponed and self.step_index <= 1:  # Of another run, which may be longer.
+            self._profile.reconsider()
+            self._postponed = False
+        measured = self._profile.begin(work, self.layers)
+        if measured:
+            self._shrink_to(0)  # What this work needs is not known.
+        elif not self._profile.is_in_use(work):
+            self._replan(work)
+        self._yield_to_others(work)
         if not self._host_counts:
             # More forwards than were announced: the same run again.
             self.step_index = 1 if self.step_index == self.steps else self.step_index + 1
         wrap = None if self.steps is None else self.step_index < self.steps
-        profile = self._profiles_left > 0
-        self._profiles_left -= profile
         self.state.sweep()
-        self.state.streamer.begin_step(id(root), wrap=wrap, profile=profile)
+        self.state.streamer.begin_step(id(root), wrap=wrap, measured=work if measured else None)
 
-    def _replan(self) -> None:
-        """Once, from the times that the first steps measured."""
-        self.state.streamer.timeline.collect()
-        if (
-            self.plan is None
-            or self.budget_bytes is None
-            or all(lay.times.compute_s is None for lay in self.layers)
-        ):
+    def relieve(self, root: torch.nn.Module) -> bool:
+        """The device ran out of memory in the forward of `root`: half of the residents are given back, then
+        all of them, then those of other models. Returns whether there was anything to give, so that the
+        forward can be done again."""
+        self._profile.forget(id(root))
+        others = [one for one in ledger.attachments() if one.device is self.device and one is not self]
+        resident, floor = self.resident_bytes, self._floor_bytes()
+        if self.budget_bytes is not None and resident and self.budget_bytes > floor:
+            few = resident <= RELIEF_BYTES
+            freed = resident if few else max(resident // 2, RELIEF_BYTES)
+            budget_bytes = max(floor, min(self.budget_bytes, self.whole_bytes) - freed)
+            ledger.message(
+                f"{self.name}: the computation ran out of device memory and is done again with "
+                f"{freed / 2**20:.0f} MB less of resident weights."
+            )
+            self.spare_bytes = self.grown_bytes = 0
+            self._fit_into(budget_bytes)
+        elif freed := sum(one.resident_bytes for one in others):
+            for one in others:
+                one.give_up(one.resident_bytes)
+            ledger.message(
+                f"{self.name}: the computation ran out of device memory and is done again without the "
+                f"{freed / 2**20:.0f} MB of resident weights of other models."
+            )
+        else:
+            return False
+        self.device.empty_cache()
+        wrap = None if self.steps is None else self.step_index < self.steps
+        self.state.streamer.begin_step(id(root), wrap=wrap)
+        return True
+
+    def _shrink_to(self, grown_bytes: int) -> None:
+        """Takes back what was given on top of the budget, down to `grown_bytes`."""
+        if self.budget_bytes is not None and self.grown_bytes > grown_bytes:
+            budget_bytes = self.budget_bytes - self.grown_bytes + grown_bytes
+            self.grown_bytes = grown_bytes
+            self._fit_into(budget_bytes)
+
+    def _room_bytes(self, work: Work) -> int | None:
+        """Free device bytes that a step of `work` does not need; negative where it lacks some; None: its need
+        is not known."""
+        need = self._profile.need_bytes(work)
+        if need is None:
+            return None
+        free, _ = self.device.memory_bytes()
+        return free - need - need // NEED_MARGIN - NEED_MARGIN_BYTES
+
+    def _yield_to_others(self, work: Work) -> None:
+        """Gives residents back where another program, or something else in this one, took the memory that
+        this step needs."""
+        if self.budget_bytes is None or not self.resident_bytes:
             return
-        self._replanned = True
-        # A new list: the page may be walking along the old one.
-        self.layers = sorted(self.layers, key=lambda layer: layer.times.position)
-        plan = self.make_plan(self.budget_bytes)
-        costs = [LayerCost(layer.name, layer.payload_bytes, _compute_s(layer)) for layer in self.layers]
-        now = planner.predict_step(
-            costs,
-            self.plan.resident,
-            ring_bytes=self.plan.ring_bytes,
-            link_bytes_per_s=self.link_bytes_per_s(),
+        room = self._room_bytes(work)
+        if room is None or room >= -NEED_MARGIN_BYTES:
+            return
+        floor = self._floor_bytes()
+        budget_bytes = max(floor, self.budget_bytes + room)
+        if budget_bytes >= self.budget_bytes:
+            return
+        ledger.message(
+            f"{self.name}: device memory is short, and residents are given back for the computation: "
+            f"{budget_bytes / 2**20:.0f} MB of weights are left on it."
         )
-        if plan.step_s < REPLAN_GAIN * now:
-            self.rebalance(self.budget_bytes)
+        self.grown_bytes = max(0, self.grown_bytes + budget_bytes - self.budget_bytes)
+        self._fit_into(budget_bytes)
+        self.device.empty_cache()
+
+    def _replan(self, work: Work) -> None:
+        """Another plan from what was measured for `work`, where it pays."""
+        self.state.streamer.timeline.collect()
+        if self.plan is None or self.budget_bytes is None:
+            return
+        layers = self._profile.use(work, self.layers)
+        if layers is None:
+            return  # The device has not come to their end yet: at the next step.
+        self.layers = layers  # A new list: the page may be walking along the old one.
+        grown_bytes = self._growth_for(work)
+        budget_bytes = self.budget_bytes - self.grown_bytes + grown_bytes
+        plan = self.make_plan(budget_bytes)
+        gain = profile.gain(plan, self.plan, layers, self.link_bytes_per_s())
+        if gain is None:
+            return
+        if gain.pays_within(None if self.steps is None else self.steps - self.step_index):
+            self.grown_bytes = grown_bytes
+            self._fit_into(budget_bytes)
+        else:
+            self._postponed = True
+
+    def _growth_for(self, work: Work) -> int:
+        """How much of what was left beside the budget steps of `work` do not need."""
+        room = self._room_bytes(work)
+        if room is None or self.asked_bytes is None:
+            return 0
+        lacking = self.whole_bytes - self.asked_bytes
+        return max(0, min(self.spare_bytes, room + self.grown_bytes, lacking))
 
     def acquire(self, layer: Layer) -> Lease | ResidentLease:
         """The weights of `layer` on the device; see `Streamer.acquire`."""
         return self.state.streamer.acquire(layer)
-
-
-def _compute_s(layer: Layer) -> float:
-    measured = layer.times.compute_s
-    return measured if measured is not None else 2 * layer.elements * ASSUMED_TOKENS / ASSUMED_FLOPS
 
 
 def _ignoring_module(function: Any) -> Any:

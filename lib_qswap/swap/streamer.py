@@ -154,16 +154,16 @@ class Streamer:
             layer.resident = layer.lease = layer.resident_ready = None
 
     # -------------------------------------------------------------------------------------------- in the step
-    def begin_step(self, root: Hashable, *, wrap: bool | None, profile: bool) -> None:
+    def begin_step(self, root: Hashable, *, wrap: bool | None, measured: Hashable = None) -> None:
         """The forward of the model `root` begins. `wrap`: whether another forward of it will follow (None:
-        not known)."""
+        not known). `measured`: the work whose times are measured in it, if any."""
         with self._lock:
             for transfer in list(self._leased):  # Abandoned: their forward raised.
                 self._give_back(transfer)
             if not self.order.begin(root):
                 self._drop_ahead()
             self.wrap = self.order.repeats if wrap is None else wrap
-            self.timeline.begin(root, profile=profile)
+            self.timeline.begin(root, measured)
             self._prefetch()
 
     def end_step(self, root: Hashable) -> None:
@@ -186,7 +186,6 @@ class Streamer:
             return layer.lease
         with self._lock:
             transfer = self._claim(layer)
-            self._prefetch()
         self._await(transfer)
         return Lease(self._parts(transfer), transfer, self)
 
@@ -206,7 +205,8 @@ class Streamer:
     def _await(self, transfer: Transfer) -> None:
         stream = self.device.current_stream()
         begun = self.timeline.mark(stream)
-        transfer.issued.wait()
+        if not transfer.issued.is_set():  # Waiting for what has happened takes a lock all the same.
+            transfer.issued.wait()
         if transfer.error is not None:
             with self._lock:
                 if transfer in self._leased:
@@ -226,6 +226,9 @@ class Streamer:
             self.misses += 1
             self._drop_ahead()
             transfer = self._fetch(layer) or self._overflow(layer)
+            self._leased[transfer] = None
+            self._prefetch()
+            return transfer
         self._leased[transfer] = None
         return transfer
 

@@ -31,9 +31,7 @@ class StepTimes(NamedTuple):
     """One finished forward of a model.
 
     seconds: from its begin to its end on the compute stream; stall_s: how long it waited for weights;
-        copy_s: how long the copy stream
-    spent on the transfers used in it; spans: (layer, begin, served, copy begin, copy end) in seconds since
-    the begin.
+        copy_s: how long the copy stream spent on the transfers used in it; marks: what `spans` is made from.
     """
 
     root: Hashable
@@ -41,14 +39,23 @@ class StepTimes(NamedTuple):
     stall_s: float
     copy_s: float
     h2d_bytes: int
-    spans: list[tuple[str, float, float, float | None, float | None]]
+    base: Any
+    marks: list[tuple[str, Any, Any, Any, Any]]
+
+    def spans(self) -> list[tuple[str, float, float, float | None, float | None]]:
+        """(layer, begin, served, copy begin, copy end) in seconds since the begin of the step. A copy may
+        have begun in the step before: a negative time."""
+        return [(name, *(self._since(event) for event in events)) for name, *events in self.marks]
+
+    def _since(self, event: Any) -> Any:
+        return None if event is None else self.base.elapsed_time(event) * 1e-3
 
 
 class _Step:
-    __slots__ = ("base", "end", "profile", "root", "uses")
+    __slots__ = ("base", "end", "measured", "root", "uses")
 
-    def __init__(self, root: Hashable, base: Any, profile: bool) -> None:
-        self.root, self.base, self.profile = root, base, profile
+    def __init__(self, root: Hashable, base: Any, measured: Hashable) -> None:
+        self.root, self.base, self.measured = root, base, measured
         self.end: Any = None
         self.uses: list[Use] = []
 
@@ -63,16 +70,17 @@ class Timeline:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._step: _Step | None = None
-        self._waiting: deque[_Step] = deque(maxlen=4)
+        self._waiting: deque[_Step] = deque(maxlen=16)
         self.profiling = False
         self.finished: deque[StepTimes] = deque(maxlen=KEPT_STEPS)
 
-    def begin(self, root: Hashable, *, profile: bool) -> None:
+    def begin(self, root: Hashable, measured: Hashable = None) -> None:
+        """A forward of `root` begins. `measured`: the work whose times are taken in it, if any."""
         if self._step is not None:  # Its forward raised, or another model's runs inside it.
             self._step = None
         self.collect()
-        self._step = _Step(root, self.mark(self._device.current_stream()), profile)
-        self.profiling = profile
+        self._step = _Step(root, self.mark(self._device.current_stream()), measured)
+        self.profiling = measured is not None
 
     def end(self, root: Hashable) -> None:
         step = self._step
@@ -104,35 +112,35 @@ class Timeline:
             self._read(self._waiting.popleft())
 
     def _read(self, step: _Step) -> None:
-        def seconds(first: Any, then: Any) -> float:
-            return max(0.0, first.elapsed_time(then) * 1e-3)
-
-        spans: list[tuple[str, float, float, float | None, float | None]] = []
+        """Few calls for each use: on a GPU each costs a microsecond."""
+        marks: list[tuple[str, Any, Any, Any, Any]] = []
         stall = copy = 0.0
         h2d_bytes = 0
+        for layer, begun, served, transfer in step.uses:
+            if transfer is None:
+                marks.append((layer.name, begun, served, None, None))
+                continue
+            waited = _seconds(begun, served)
+            stall += waited
+            layer.times.stall_s = waited
+            layer.times.stall_total_s += waited
+            h2d_bytes += transfer.nbytes
+            copy += _seconds(transfer.started, transfer.ready)
+            marks.append((layer.name, begun, served, transfer.started, transfer.ready))
+        if step.measured is not None:
+            self._measure(step)
+        self.finished.append(
+            StepTimes(step.root, _seconds(step.base, step.end), stall, copy, h2d_bytes, step.base, marks)
+        )
+
+    def _measure(self, step: _Step) -> None:
         compute: dict[Layer, float] = {}
         for use, following in itertools.zip_longest(step.uses, step.uses[1:]):
-            waited = 0.0 if use.begun is use.served else seconds(use.begun, use.served)
-            stall += waited
-            use.layer.times.stall_s = waited
-            use.layer.times.stall_total_s += waited
             until = step.end if following is None else following.begun
-            compute[use.layer] = compute.get(use.layer, 0.0) + seconds(use.served, until)
-            fetched: tuple[float, float] | tuple[None, None] = (None, None)
-            if use.transfer is not None:
-                h2d_bytes += use.transfer.nbytes
-                copy += seconds(use.transfer.started, use.transfer.ready)
-                # The copy may have begun in the step before: a negative time.
-                fetched = (
-                    step.base.elapsed_time(use.transfer.started) * 1e-3,
-                    step.base.elapsed_time(use.transfer.ready) * 1e-3,
-                )
-            spans.append(
-                (use.layer.name, seconds(step.base, use.begun), seconds(step.base, use.served), *fetched)
-            )
-        if step.profile:
-            for position, (layer, took) in enumerate(compute.items()):
-                layer.times.compute_s, layer.times.position = took, position
-        self.finished.append(
-            StepTimes(step.root, seconds(step.base, step.end), stall, copy, h2d_bytes, spans)
-        )
+            compute[use.layer] = compute.get(use.layer, 0.0) + _seconds(use.served, until)
+        for position, (layer, took) in enumerate(compute.items()):
+            layer.times.by_work[step.measured] = took, position
+
+
+def _seconds(first: Any, then: Any) -> float:
+    return max(0.0, first.elapsed_time(then) * 1e-3)

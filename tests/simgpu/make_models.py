@@ -2,8 +2,11 @@
 
     FORGE=WEBUI_FOLDER python make_models.py [WHAT ...]
 
-WHAT: sd15, sd15mini, fluxaux (VAE, CLIP and T5 for Flux), t5q8 (fluxaux's T5 as GGUF), lora, or
-flux:NAME:TYPE:HIDDEN:DOUBLE:SINGLE (a Flux transformer as GGUF); a standard set by default.
+WHAT: sd15, sd15mini, fluxaux (VAE, CLIP and T5 for Flux), t5q8 (fluxaux's T5 as GGUF), lora,
+flux:NAME:TYPE:HIDDEN:DOUBLE:SINGLE (a Flux transformer as GGUF); a standard set by default. As GGUF with a
+TYPE for the weights, and only when asked for: unet:sd1:NAME:TYPE, unet:sdxl:NAME:TYPE (small UNets,
+with :F16 at the end for convolutions that are not quantized, in their own shape),
+clip:l:NAME:TYPE, clip:g:NAME:TYPE, t5:NAME:TOKEN_EMBD_TYPE:NORM_TYPE; and sdvae, the UNets' VAE.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 MIB = 1 << 20
 SD15 = "runwayml/stable-diffusion-v1-5"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 FLUX = "black-forest-labs/FLUX.1-dev"
 STANDARD = (
     "sd15",
@@ -49,6 +53,44 @@ BLOCKS: dict[str, tuple[int, tuple[int | float, ...]]] = {
     "Q5_K": (256, (1 / 540, 15.5 / 540, 12, 32, 128)),
     "Q6_K": (256, (128, 64, 16, 1 / 1370)),
     "IQ4_XS": (256, (1 / 1246, 2, 4, 128)),  # d, scales_h, scales_l, qs
+}
+
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+COMMON_UNET = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "transformer_depth_middle": 1,
+    "use_spatial_transformer": True,
+}
+SD1_UNET = {**COMMON_UNET, "use_linear_in_transformer": False, "context_dim": 768, "num_heads": 8}
+SD1_MINI = {
+    "num_res_blocks": [1, 1],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+    "channel_mult": [1, 1],
+}
+# Forge tells from block 4 for which text encoder a UNet without one is.
+SD1_SMALL = {
+    "num_res_blocks": [2, 2],
+    "transformer_depth": [1, 1, 1, 1],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1],
+    "channel_mult": [1, 2],
+}
+# As SDXL, but for the transformer blocks: Forge knows it by [0, 0, 2, 2, 10, 10] and has to be told.
+SDXL_SMALL_UNET = {
+    **COMMON_UNET,
+    "use_linear_in_transformer": True,
+    "context_dim": 2048,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+    "num_head_channels": 64,
+    "num_heads": -1,
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "transformer_depth": [0, 0, 1, 1, 1, 1],
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
 }
 
 # City96's names for T5's tensors; applied in this order.
@@ -115,6 +157,18 @@ def random_blocks(rng: np.random.Generator, elements: int, ggml_type: str, std: 
     return np.concatenate(parts, axis=1)
 
 
+def packed_rows(rng: np.random.Generator, shape: tuple[int, ...], ggml_type: str, std: float) -> np.ndarray:
+    """A random tensor of any type in its bytes, (..., bytes per row) uint8."""
+    if ggml_type in PLAIN:
+        return plain_bytes(torch.from_numpy(rng.standard_normal(shape, np.float32)) * std, ggml_type)
+    blocks = random_blocks(rng, math.prod(shape), ggml_type, std)
+    return blocks.reshape(*shape[:-1], shape[-1] // BLOCKS[ggml_type][0] * blocks.shape[1])
+
+
+def plain_bytes(values: torch.Tensor, ggml_type: str) -> np.ndarray:
+    return values.to(PLAIN[ggml_type]).contiguous().view(torch.uint8).numpy()
+
+
 def q8_0_blocks(weight: torch.Tensor) -> np.ndarray:
     """A 2-D weight as Q8_0 rows, uint8: blocks of an fp16 scale and 32 int8."""
     blocks = weight.float().numpy().reshape(-1, 32)
@@ -143,8 +197,10 @@ class ModelMaker:
         if kind == "flux" and len(details) == 5:
             name, ggml_type, *sizes = details
             self.flux(name, ggml_type, *map(int, sizes))
-        elif kind in ("sd15", "sd15mini", "fluxaux", "t5q8", "lora") and not details:
+        elif kind in ("sd15", "sd15mini", "sdvae", "fluxaux", "t5q8", "lora") and not details:
             getattr(self, kind)()
+        elif (kind, len(details)) in (("unet", 3), ("unet", 4), ("clip", 3), ("t5", 3)):
+            getattr(self, kind)(*details)
         else:
             sys.exit(f"make_models.py: {what} is none of the things it makes:{__doc__.partition('WHAT:')[2]}")
 
@@ -155,14 +211,16 @@ class ModelMaker:
         report(path)
 
     def save_gguf(self, arch: str, name: str, tensors) -> None:
-        """tensors: (name, array, GGML type or None for the array's own dtype)."""
+        """tensors: (name, array, GGML type or None for the array's own dtype[, shape to note])."""
         import gguf
 
         path = self.models / f"{name}.gguf"
         writer = gguf.GGUFWriter(str(path), arch)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for tensor_name, array, ggml_type in tensors:
+        for tensor_name, array, ggml_type, *noted in tensors:
             raw = None if ggml_type is None else gguf.GGMLQuantizationType[ggml_type]
+            for shape in noted:
+                writer.add_array(f"comfy.gguf.orig_shape.{tensor_name}", list(shape))
             writer.add_tensor(tensor_name, array, raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -177,13 +235,22 @@ class ModelMaker:
             vae = Vae.from_config(Vae.load_config(str(self.configs / repository / "vae")))
         return shapes_of(vae, prefix)
 
-    def clip_shapes(self, repository: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
-        from transformers import CLIPTextConfig, CLIPTextModel
+    def clip_shapes(
+        self, repository: str, prefix: str = "", folder: str = "text_encoder"
+    ) -> dict[str, tuple[int, ...]]:
+        import transformers
 
-        config = CLIPTextConfig.from_pretrained(str(self.configs / repository / "text_encoder"))
+        config = transformers.CLIPTextConfig.from_pretrained(str(self.configs / repository / folder))
         with torch.device("meta"):
-            clip = CLIPTextModel(config)
+            clip = getattr(transformers, config.architectures[0])(config)
         return shapes_of(clip, prefix)
+
+    def unet_shapes(self, prefix: str = "", **config) -> dict[str, tuple[int, ...]]:
+        from backend.nn.unet import IntegratedUNet2DConditionModel as UNet
+
+        with torch.device("meta"):
+            unet = UNet.from_config(config)
+        return shapes_of(unet, prefix)
 
     def sd15(self) -> None:
         """Stable Diffusion 1.5, whole: 2 GB."""
@@ -197,31 +264,10 @@ class ModelMaker:
 
     def sd15mini(self) -> None:
         """Two levels of it: 0.5 GB."""
-        self._sd15(
-            "sd15_mini_rand",
-            num_res_blocks=[1, 1],
-            transformer_depth=[1, 1],
-            transformer_depth_output=[1, 1, 1, 1],
-            channel_mult=[1, 1],
-        )
+        self._sd15("sd15_mini_rand", **SD1_MINI)
 
     def _sd15(self, name: str, **levels) -> None:
-        from backend.nn.unet import IntegratedUNet2DConditionModel as UNet
-
-        config = {
-            "in_channels": 4,
-            "out_channels": 4,
-            "model_channels": 320,
-            "transformer_depth_middle": 1,
-            "use_linear_in_transformer": False,
-            "context_dim": 768,
-            "num_heads": 8,
-            "use_spatial_transformer": True,
-            **levels,
-        }
-        with torch.device("meta"):
-            unet = UNet.from_config(config)
-        shapes = shapes_of(unet, "model.diffusion_model.")
+        shapes = self.unet_shapes("model.diffusion_model.", **SD1_UNET, **levels)
         shapes |= self.vae_shapes(SD15, "first_stage_model.")
         shapes |= self.clip_shapes(SD15, "cond_stage_model.transformer.")
         self.save(random_state(shapes), f"Stable-diffusion/{name}")
@@ -255,6 +301,74 @@ class ModelMaker:
                     yield name, weight.float().numpy(), None
 
         self.save_gguf("t5encoder", "text_encoder/t5xxl_rand_q8_0", tensors())
+
+    def sdvae(self) -> None:
+        self.save(random_state(self.vae_shapes(SD15)), "VAE/sd_vae_rand")
+
+    def unet(self, arch: str, name: str, ggml_type: str, conv_type: str | None = None) -> None:
+        """A UNet as city96's converter and llama-quantize make it: everything but vectors and small tensors
+        in one type; rows that are no whole number of 256 become rows of 256, and the shape is noted.
+
+        With `conv_type` as stable-diffusion.cpp makes it: convolutions in that type, and no other shapes.
+        """
+        shapes = self.unet_shapes(**({**SD1_UNET, **SD1_SMALL} if arch == "sd1" else SDXL_SMALL_UNET))
+        rng = np.random.default_rng(0)
+
+        def tensors():
+            for tensor_name, shape in shapes.items():
+                elements = math.prod(shape)
+                if len(shape) == 1 or elements <= 1024 or elements % 256:
+                    yield tensor_name, random_tensor(tensor_name, shape).numpy(), None
+                    continue
+                std = 0.7 / math.sqrt(math.prod(shape[1:]))
+                if conv_type and len(shape) == 4:
+                    yield tensor_name, packed_rows(rng, shape, conv_type, std), conv_type
+                elif shape[-1] % 256 and not conv_type:
+                    rows = packed_rows(rng, (elements // 256, 256), ggml_type, std)
+                    yield tensor_name, rows, ggml_type, shape
+                else:
+                    yield tensor_name, packed_rows(rng, shape, ggml_type, std), ggml_type
+
+        self.save_gguf(arch, f"Stable-diffusion/{name}", tensors())
+
+    def clip(self, size: str, name: str, ggml_type: str) -> None:
+        """CLIP-L or CLIP-G under Hugging Face's names, with every matrix in one type."""
+        shapes = self.clip_shapes(SD15) if size == "l" else self.clip_shapes(SDXL, folder="text_encoder_2")
+        rng = np.random.default_rng(0)
+
+        def tensors():
+            for tensor_name, shape in shapes.items():
+                if len(shape) != 2:
+                    yield tensor_name, random_tensor(tensor_name, shape).numpy(), None
+                    continue
+                std = 0.02 if "embedding" in tensor_name else 0.7 / math.sqrt(shape[1])
+                yield tensor_name, packed_rows(rng, shape, ggml_type, std), ggml_type
+
+        self.save_gguf("clip", f"text_encoder/{name}", tensors())
+
+    def t5(self, name: str, embedding_type: str, norm_type: str) -> None:
+        """fluxaux's T5 as t5q8 makes it, with token_embd and the norms in other types."""
+        rng = np.random.default_rng(0)
+
+        def tensors():
+            for tensor_name, weight in load_file(self.models / "text_encoder/t5xxl_rand.safetensors").items():
+                if tensor_name == "encoder.embed_tokens.weight":
+                    continue
+                for old, new in T5_NAMES:
+                    tensor_name = tensor_name.replace(old, new)
+                if "token_embd" in tensor_name:
+                    yield tensor_name, packed_rows(rng, weight.shape, embedding_type, 1.0), embedding_type
+                elif weight.ndim == 1:
+                    if norm_type in PLAIN:
+                        yield tensor_name, plain_bytes(weight, norm_type), norm_type
+                    else:
+                        yield tensor_name, packed_rows(rng, weight.shape, norm_type, 1.0), norm_type
+                elif "attn_rel_b" in tensor_name:
+                    yield tensor_name, weight.float().numpy(), None
+                else:
+                    yield tensor_name, q8_0_blocks(weight), "Q8_0"
+
+        self.save_gguf("t5encoder", f"text_encoder/{name}", tensors())
 
     def flux(self, name: str, ggml_type: str, hidden: int, double: int, single: int) -> None:
         """A Flux transformer of that width and those many blocks; what is outside the blocks is F16 and

@@ -28,11 +28,31 @@ class ForgeOperations:
             super().__init__()
             self.weight, self.bias, self.scale_weight = weight, bias, scale_weight
             self.parameters_manual_cast = True
+            if weight is None:
+                self.dummy = torch.nn.Parameter(torch.empty(1, dtype=torch.float16))
+
+        def _load_from_state_dict(
+            self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        ):
+            for name in ("weight", "bias"):
+                if prefix + name in state_dict:
+                    setattr(self, name, torch.nn.Parameter(state_dict[prefix + name].to(self.dummy)))
+            del self.dummy
 
         def forward(self, x):
             weight, bias, signal = weights_manual_cast(self, x)
             with main_stream_worker(weight, bias, signal):
                 return torch.nn.functional.linear(x, weight, bias)
+
+    class Conv2d(torch.nn.Conv2d):
+        parameters_manual_cast = False
+
+        def forward(self, x):
+            if self.parameters_manual_cast:
+                weight, bias, signal = weights_manual_cast(self, x)
+                with main_stream_worker(weight, bias, signal):
+                    return self._conv_forward(x, weight, bias)
+            return self._conv_forward(x, self.weight, self.bias)
 
     class Embedding(torch.nn.Embedding):
         parameters_manual_cast = False

@@ -1,0 +1,149 @@
+"""What a step takes, measured in the first steps of every shape of the work, and whether another plan pays.
+
+A hires pass, a larger batch or a longer prompt changes how long each layer computes, and with it which layers
+had better be resident; and how much memory a step needs beside the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from lib_qswap.swap import planner
+from lib_qswap.swap.device import Device
+from lib_qswap.swap.layer import Layer
+from lib_qswap.swap.planner import LayerCost, Plan
+
+MEASURED_STEPS = 2
+"""Steps of each work that are measured: the first one also compiles kernels and fills caches."""
+
+KEPT_WORKS = 32
+
+MIN_GAIN = 0.03
+"""A plan from measured times replaces the present one only if it predicts a step that is this share
+shorter."""
+
+ASSUMED_STEPS_LEFT = 8
+ASSUMED_FLOPS = 20e12
+ASSUMED_TOKENS = 4096
+"""What a plan is made from until the first steps are measured: a mid-range card at 1024 x 1024."""
+
+
+class Work(NamedTuple):
+    """What a forward is asked for: equal works take equally long."""
+
+    root: Hashable
+    shapes: tuple[torch.Size, ...]
+
+
+def work_of(root: Hashable, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Work:
+    """The work of a forward of `root` with these arguments: the shapes of the tensors among them."""
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    return Work(root, tuple(tensor.shape for tensor in tensors))
+
+
+class Profile:
+    """The measured times of one model's layers, and the memory that its steps need, by work."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._begun: dict[Work, int] = {}
+        self._needs: dict[Work, int] = {}
+        self._in_use: dict[Hashable, Work] = {}
+        self._open: tuple[Work, int] | None = None
+
+    def begin(self, work: Work, layers: Sequence[Layer]) -> bool:
+        """A forward begins. Returns whether it is to be measured."""
+        self.close()
+        begun = self._begun.get(work, 0)
+        if begun == MEASURED_STEPS:
+            return False
+        if work not in self._begun and len(self._begun) == KEPT_WORKS:
+            oldest = next(iter(self._begun))
+            del self._begun[oldest]
+            self._needs.pop(oldest, None)
+            for layer in layers:
+                layer.times.by_work.pop(oldest, None)
+        self._begun[work] = begun + 1
+        allocated_bytes = self._device.allocated_bytes()
+        if allocated_bytes is not None:
+            self._open = work, allocated_bytes
+        return True
+
+    def close(self) -> None:
+        """A measured step, with what its host does between steps, is over: its memory is what the peak rose
+        to. Where something else had taken more before, that is an upper bound."""
+        if self._open is not None:
+            work, had = self._open
+            self._open = None
+            need = self._device.peak_allocated_bytes() - had
+            self._needs[work] = max(need, self._needs.get(work, 0))
+
+    def forget(self, root: Hashable) -> None:
+        """The forward of `root` was broken off: what is known of it is measured again."""
+        self._open = None
+        for work in [work for work in self._begun if work.root == root]:
+            del self._begun[work]
+            self._needs.pop(work, None)
+        self._in_use.pop(root, None)
+
+    def need_bytes(self, work: Work) -> int | None:
+        """Device bytes that a step of `work` takes beside what was there before it; None: not measured
+        yet."""
+        return self._needs.get(work) if self._begun.get(work) == MEASURED_STEPS else None
+
+    def is_in_use(self, work: Work) -> bool:
+        """Whether the layers' `compute_s` are those of `work`."""
+        return self._in_use.get(work.root) == work
+
+    def reconsider(self) -> None:
+        """The next step of every known work is to look for a better plan: something has changed."""
+        self._in_use.clear()
+
+    def use(self, work: Work, layers: list[Layer]) -> list[Layer] | None:
+        """Takes over what was measured for `work` into the layers' times. Returns `layers` in the order of
+        its execution; None where nothing has been read of it yet."""
+        measured = {layer: found for layer in layers if (found := layer.times.by_work.get(work))}
+        if not measured:
+            return None
+        self._in_use[work.root] = work
+        for layer, (compute_s, _) in measured.items():
+            layer.times.compute_s = compute_s
+        # Layers of other roots stay where they are in the list.
+        ordered = iter(sorted(measured, key=lambda layer: measured[layer][1]))
+        return [next(ordered) if layer in measured else layer for layer in layers]
+
+
+def costs(layers: Sequence[Layer]) -> list[LayerCost]:
+    """What the planner wants to know of each layer; times that are not measured yet are guessed."""
+    return [LayerCost(layer.name, layer.payload_bytes, _compute_s(layer)) for layer in layers]
+
+
+def _compute_s(layer: Layer) -> float:
+    measured = layer.times.compute_s
+    return measured if measured is not None else 2 * layer.elements * ASSUMED_TOKENS / ASSUMED_FLOPS
+
+
+class Gain(NamedTuple):
+    """What another plan saves a step, and what moving residents for it costs once, in seconds."""
+
+    step_s: float
+    moving_s: float
+
+    def pays_within(self, steps: int | None) -> bool:
+        """Whether it is worth it for a run that has `steps` left (None: not known)."""
+        return self.step_s * (ASSUMED_STEPS_LEFT if steps is None else steps) > self.moving_s
+
+
+def gain(plan: Plan, present: Plan, layers: Sequence[Layer], link_bytes_per_s: float) -> Gain | None:
+    """What `plan` saves by today's times; None: too little to be sure of."""
+    now_s = planner.predict_step(
+        costs(layers), present.resident, ring_bytes=present.ring_bytes, link_bytes_per_s=link_bytes_per_s
+    )
+    if now_s - plan.step_s < MIN_GAIN * now_s:
+        return None
+    wanted = set(plan.resident)
+    moved = sum(layer.payload_bytes for layer in layers if layer.resident is None and layer.name in wanted)
+    return Gain(now_s - plan.step_s, moved / link_bytes_per_s)

@@ -1,0 +1,47 @@
+"""A forward that the device had no memory for is done again, with fewer residents beside it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class RetryingForward:
+    """The forward of a model's root in place of its own: out of memory, it lets `relieve` make room and
+    begins anew, until there is nothing left to give."""
+
+    def __init__(self, root: torch.nn.Module, relieve: Callable[[torch.nn.Module], bool]) -> None:
+        self._root = weakref.ref(root)
+        self._own: Callable[..., Any] | None = root.__dict__.get("forward")
+        self._relieve = relieve
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        root = self._root()
+        if root is None:
+            raise ReferenceError("the model is gone")
+        while True:
+            try:
+                if self._own is not None:
+                    return self._own(*args, **kwargs)
+                return type(root).forward(root, *args, **kwargs)
+            except torch.cuda.OutOfMemoryError:  # the name that torch 2.3 has as well, for every device
+                if torch.is_grad_enabled() or not self._relieve(root):
+                    raise
+            # Only here has the traceback let go of the tensors of the forward that failed.
+
+    def put_in_place(self) -> None:
+        root = self._root()
+        if root is not None:
+            root.__dict__["forward"] = self
+
+    def remove(self) -> None:
+        """Gives the root its own forward back, unless somebody else has replaced it since."""
+        root = self._root()
+        if root is not None and root.__dict__.get("forward") is self:
+            if self._own is None:
+                del root.__dict__["forward"]
+            else:
+                root.__dict__["forward"] = self._own

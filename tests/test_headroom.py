@@ -1,0 +1,180 @@
+"""Memory beside the weights: what steps do not need is given to residents, and given back before anything
+fails."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from swap_models import messages
+
+from lib_qswap.swap.manager import attach, attached
+
+pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("engine")]
+
+GPU = "simgpu:0"
+MB = 1 << 20
+COUNT = 32
+LAYER_BYTES = 2048 * 2048 * 2  # 8 MB
+TOTAL = 512 * MB
+
+
+@functools.cache
+def weights():
+    generator = torch.Generator().manual_seed(3)
+    first = (torch.randn(2048, 2048, generator=generator) / 45).half()
+    return [first.roll(i, 0) for i in range(COUNT)]
+
+
+class Hungry(torch.nn.Module):
+    """Half-precision layers, and in their midst a temporary of `rows` MB."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Linear(2048, 2048, bias=False, device="meta") for _ in range(COUNT)
+        )
+        for layer, weight in zip(self.layers, weights(), strict=True):
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x, rows):
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i == COUNT // 2:
+                temporary = torch.ones(rows.shape[0] * MB, dtype=torch.uint8, device=x.device)
+                x = x + temporary[:1].to(x.dtype) - 1
+        return x
+
+
+def run(model, rows_mb, device=GPU):
+    x = torch.linspace(-1, 1, 2048, dtype=torch.float16).to(device).view(1, -1)
+    with torch.inference_mode():
+        return model(x, torch.empty(rows_mb, 0, device=device)).cpu()
+
+
+@pytest.fixture
+def hungry(sim, virtual_time):
+    """The link is what limits its steps: every resident more makes them shorter."""
+    sim.set_total(TOTAL)
+    sim.set_bandwidth(h2d=200e6)
+    return Hungry()
+
+
+@pytest.fixture
+def expected(hungry):
+    result = run(hungry, 1, "cpu")
+    assert result.isfinite().all()
+    assert result.std() > 0.1
+    return result
+
+
+def other_program(nbytes):
+    return torch.empty(nbytes, dtype=torch.uint8, device=GPU)
+
+
+def test_what_steps_do_not_need_is_given_to_residents(sim, hungry, expected, compute_mode):
+    base, spare = 96 * MB, 256 * MB
+    with attached(hungry, device=GPU, location="shared", budget_bytes=base) as attachment:
+        attachment.rebalance(base, spare_bytes=spare)
+        for _ in range(5):
+            assert torch.equal(run(hungry, 100), expected)
+        assert attachment.grown_bytes > 64 * MB
+        assert base < attachment.budget_bytes == base + attachment.grown_bytes <= base + spare
+        assert attachment.resident_bytes > base
+        # The tenth and the 64 MB beside the need of 100 MB are still free.
+        free, _ = attachment.device.memory_bytes()
+        assert free >= 170 * MB
+        assert not messages()
+
+
+def test_a_budget_that_was_asked_for_does_not_grow(hungry, expected):
+    with attached(hungry, device=GPU, location="shared", budget_bytes=96 * MB) as attachment:
+        for _ in range(5):
+            assert torch.equal(run(hungry, 1), expected)
+        assert attachment.budget_bytes == 96 * MB
+        assert attachment.grown_bytes == 0
+
+
+def test_what_was_given_is_taken_back_before_a_work_that_was_not_measured(sim, hungry, expected):
+    base = 96 * MB
+    with attached(hungry, device=GPU, location="shared", budget_bytes=base) as attachment:
+        attachment.rebalance(base, spare_bytes=TOTAL)
+        for _ in range(4):
+            run(hungry, 10)
+        assert attachment.grown_bytes > 100 * MB
+        assert torch.equal(run(hungry, 300), expected)
+        assert attachment.grown_bytes == 0
+        assert attachment.budget_bytes == base
+        # Measured, it is given only what it leaves.
+        for _ in range(3):
+            assert torch.equal(run(hungry, 300), expected)
+        assert attachment.grown_bytes < 64 * MB
+        # The first work is known.
+        run(hungry, 10)
+        assert attachment.grown_bytes > 100 * MB
+        assert not messages()
+
+
+def test_memory_that_another_program_takes_is_given_back_by_residents(sim, hungry, expected, compute_mode):
+    with attached(hungry, device=GPU, location="shared", budget_bytes=300 * MB) as attachment:
+        assert attachment.resident_bytes == COUNT * LAYER_BYTES
+        for _ in range(3):
+            assert torch.equal(run(hungry, 100), expected)
+        taken = other_program(150 * MB)
+        assert torch.equal(run(hungry, 100), expected)
+        assert attachment.resident_bytes < COUNT * LAYER_BYTES
+        assert any("residents are given back" in text for text in messages())
+        assert not any("ran out" in text for text in messages())
+        del taken
+
+
+def test_a_forward_that_runs_out_of_memory_is_done_again_with_fewer_residents(
+    sim, hungry, expected, compute_mode
+):
+    with attached(hungry, device=GPU, location="shared", budget_bytes=300 * MB) as attachment:
+        assert attachment.resident_bytes == COUNT * LAYER_BYTES
+        assert torch.equal(run(hungry, 400), expected)
+        assert attachment.resident_bytes < 100 * MB
+        assert "the computation ran out of device memory and is done again" in " ".join(messages())
+        for _ in range(4):
+            assert torch.equal(run(hungry, 400), expected)
+        assert attachment.state.streamer.idle()
+
+
+def test_other_models_residents_go_where_a_model_has_none_left(sim, hungry, expected):
+    other = Hungry()
+    with (
+        attached(other, device=GPU, location="shared", budget_bytes=300 * MB) as rich,
+        attached(hungry, device=GPU, location="shared", budget_bytes=0) as poor,
+    ):
+        assert rich.resident_bytes
+        assert not poor.resident_bytes
+        assert torch.equal(run(hungry, 400), expected)
+        assert not rich.resident_bytes
+        assert torch.equal(run(other, 100), run(Hungry(), 1, "cpu"))
+
+
+def test_where_there_is_nothing_to_give_the_error_is_the_devices_own(sim, hungry):
+    with attached(hungry, device=GPU, location="shared", budget_bytes=300 * MB) as attachment:
+        with pytest.raises(torch.OutOfMemoryError):
+            run(hungry, 600)
+        assert not attachment.resident_bytes
+        run(hungry, 100)
+
+
+def test_the_models_own_forward_is_back_afterwards(hungry):
+    calls = []
+    own = hungry.forward
+    hungry.forward = lambda *args: calls.append(1) or own(*args)
+    mine = hungry.__dict__["forward"]
+    attachment = attach(hungry, device=GPU, location="shared", budget_bytes=96 * MB)
+    run(hungry, 1)
+    assert calls == [1]
+    attachment.detach()
+    assert hungry.__dict__["forward"] is mine
+    del hungry.forward
+    attachment = attach(hungry, device=GPU, location="shared", budget_bytes=96 * MB)
+    hungry.forward = mine  # another extension, later
+    attachment.detach()
+    assert hungry.__dict__["forward"] is mine

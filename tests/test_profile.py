@@ -1,0 +1,137 @@
+"""Times are measured for each shape of the work, and a plan follows them where it pays."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from swap_models import messages
+
+from lib_qswap.swap.device import device_of
+from lib_qswap.swap.layer import LayerTimes
+from lib_qswap.swap.manager import attached
+from lib_qswap.swap.profile import KEPT_WORKS, Profile, work_of
+
+GPU = "simgpu:0"
+COUNT = 16
+LAYER_BYTES = 1024 * 1024 * 2
+LONG_S, SHORT_S = 0.02, 0.0005
+
+
+class Halves(torch.nn.Module):
+    """Layers of which the first half is slow for one row of input, and the second half for two rows."""
+
+    def __init__(self, sim):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Linear(1024, 1024, bias=False, dtype=torch.float16).requires_grad_(False)
+            for _ in range(COUNT)
+        )
+        for i, layer in enumerate(self.layers):
+            layer.forward = lambda x, i=i: (
+                sim.busy(LONG_S if (x.shape[0] == 1) == (i < COUNT // 2) else SHORT_S),
+                x,
+            )[1]
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def resident(attachment):
+    return [int(layer.name.split(".")[1]) for layer in attachment.layers if layer.resident is not None]
+
+
+def steps(model, rows, count):
+    x = torch.ones(rows, dtype=torch.float16, device=GPU)
+    for _ in range(count):
+        model(x)
+        torch.simgpu.synchronize()
+
+
+@pytest.fixture
+def halves(sim, engine, compute_mode, virtual_time):
+    """Half of the layers fit beside the ring, and a copy takes as long as a slow layer."""
+    sim.set_bandwidth(h2d=LAYER_BYTES / LONG_S)
+    model = Halves(sim)
+    options = {"budget_bytes": (COUNT // 2 + 2) * LAYER_BYTES, "ring_bytes": 2 * LAYER_BYTES}
+    with attached(model, device=GPU, location="shared", **options) as attachment, torch.inference_mode():
+        yield model, attachment
+
+
+def last_step_s(attachment):
+    attachment.state.streamer.timeline.collect()
+    return attachment.state.streamer.timeline.finished[-1].seconds
+
+
+@pytest.mark.simgpu
+def test_layers_that_take_long_are_those_that_are_swapped_whatever_the_work(halves):
+    model, attachment = halves
+    steps(model, 1, 6)
+    assert attachment.layers[0].times.compute_s == pytest.approx(LONG_S, rel=0.01)
+    fast = sum(i >= COUNT // 2 for i in resident(attachment))
+    assert fast > COUNT // 4  # of those that leave no time for a copy
+
+    steps(model, 2, 2)
+    unplanned_s = last_step_s(attachment)
+    steps(model, 2, 4)
+    assert attachment.layers[0].times.compute_s == pytest.approx(SHORT_S, rel=0.01)
+    assert sum(i < COUNT // 2 for i in resident(attachment)) > COUNT // 4
+    assert last_step_s(attachment) < unplanned_s
+
+
+@pytest.mark.simgpu
+def test_a_work_that_comes_back_is_not_measured_again(halves, monkeypatch):
+    model, attachment = halves
+    steps(model, 1, 6)
+    first = resident(attachment)
+    steps(model, 2, 6)
+    assert resident(attachment) != first
+    profiled = []
+    begin = attachment._profile.begin
+
+    def noted(work, layers):
+        profiled.append(begin(work, layers))
+        return profiled[-1]
+
+    monkeypatch.setattr(attachment._profile, "begin", noted)
+    steps(model, 1, 3)
+    assert profiled == [False] * 3
+    assert resident(attachment) == first
+
+
+@pytest.mark.simgpu
+def test_residents_are_not_moved_for_a_run_that_is_nearly_over(halves):
+    model, attachment = halves
+    attachment.begin_run(6)
+    steps(model, 1, 6)
+    before = resident(attachment)
+    attachment.begin_run(3)
+    steps(model, 2, 3)
+    assert resident(attachment) == before
+    attachment.begin_run(20)
+    steps(model, 2, 2)
+    assert resident(attachment) != before
+    assert not messages()
+
+
+def test_a_work_is_the_shapes_of_the_tensors_that_a_forward_gets():
+    x, context = torch.zeros(2, 3), torch.zeros(1, 5, 7)
+    work = work_of("root", (x, 1.0), {"context": context, "options": {}})
+    assert work.shapes == ((2, 3), (1, 5, 7))
+    assert work == work_of("root", (x + 1,), {"context": context.half()})
+    assert work != work_of("root", (x[:1],), {"context": context})
+    assert work != work_of("another", (x,), {"context": context})
+
+
+def test_the_works_that_are_remembered_are_limited():
+    profile = Profile(device_of("cpu"))
+    layer = SimpleNamespace(times=LayerTimes())
+    for rows in range(10 * KEPT_WORKS):
+        work = work_of("root", (torch.zeros(rows),), {})
+        layer.times.by_work[work] = 1.0, 0
+        assert profile.begin(work, [layer])
+    assert len(profile._begun) == KEPT_WORKS
+    assert len(layer.times.by_work) == KEPT_WORKS
