@@ -285,6 +285,13 @@ def line_of(row: dict[str, Any]) -> str:
     )
 
 
+def text_of(result: dict[str, Any]) -> str:
+    """JSON with one line for each row."""
+    *parts, (_, rows) = result.items()
+    lines = [f"{json.dumps(name)}: {json.dumps(part)}," for name, part in parts]
+    return "\n".join(["{", *lines, '"rows": [', ",\n".join(map(json.dumps, rows)), "]", "}"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="a sample of the cases, and a short search")
@@ -300,7 +307,7 @@ def main() -> None:
             print(line_of(rows[-1]), flush=True)
     result = {"effort": effort._asdict(), "summary": summarize(rows), "rows": rows}
     print(json.dumps(result["summary"], indent=1))
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    arguments.json.write_text(text_of(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,13 @@ def build_parser() -> Parser:
     add_run_arguments(sub)
 
     sub = command("plan", plan, "Which layers a budget keeps resident, and how long a step then takes.")
-    sub.add_argument("--profile", type=Path, required=True, metavar="P.json", help="layers and link speed")
+    sub.add_argument(
+        "--profile",
+        type=Path,
+        required=True,
+        metavar="P.json",
+        help="layers and link, or a saved /qswap/v1/residency",
+    )
     sub.add_argument("--budget", type=budget, required=True, help="50%% of the layers, or 512MB; with ring")
 
     sub = command("bench", bench, "Measure unpacking, loading and steps on this machine.")
@@ -223,65 +229,42 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
+    from lib_qswap.panel.report import printable
+    from lib_qswap.profile_file import read_profile
     from lib_qswap.swap.planner import make_plan
 
-    layers, link_bytes_per_s = read_profile(arguments.profile)
-    total_bytes = sum(layer.nbytes for layer in layers)
     try:
-        made = make_plan(
-            layers, budget_bytes=arguments.budget.of(total_bytes), link_bytes_per_s=link_bytes_per_s
-        )
+        layers, link_bytes_per_s = read_profile(arguments.profile)
+        total_bytes = sum(layer.nbytes for layer in layers)
+        budget_bytes = arguments.budget.of(total_bytes)
+        made = make_plan(layers, budget_bytes=budget_bytes, link_bytes_per_s=link_bytes_per_s)
     except ValueError as error:
         raise UsageError(f"{arguments.profile}: {error}") from None
+    if made.budget_bytes > budget_bytes:
+        largest = max(layers, key=lambda layer: layer.nbytes)
+        raise UsageError(
+            f"a budget of {budget_bytes:,} B is too small for any plan: the largest layer, {largest.name}, "
+            f"takes {largest.nbytes:,} B, which is the least budget"
+        )
     answer = {
         "resident": list(made.resident),
         "ring_bytes": made.ring_bytes,
         "step_s": made.step_s,
         "bound_s": made.bound_s,
     }
-    resident_bytes = sum(layer.nbytes for layer in layers if layer.name in set(made.resident))
+    kept = set(made.resident)
+    resident_bytes = sum(layer.nbytes for layer in layers if layer.name in kept)
+    swapped_bytes = total_bytes - resident_bytes
     text = [
-        f"resident  {len(made.resident)} of {len(layers)} layers, {resident_bytes:,} of {total_bytes:,} B",
-        f"ring      {made.ring_bytes:,} bytes",
-        f"step      {made.step_s:.4f} s (bound {made.bound_s:.4f} s)",
-        *made.resident,
+        f"budget    {budget_bytes:,} of {total_bytes:,} B",
+        f"resident  {len(made.resident)} of {len(layers)} layers, {resident_bytes:,} B",
+        f"ring      {made.ring_bytes:,} B",
+        f"swapped   {swapped_bytes:,} B per step, {swapped_bytes / link_bytes_per_s:.4f} s on the link",
+        f"step      {made.step_s:.4f} s (bound {made.bound_s:.4f} s, the longer of compute and link)",
+        *(f"  {printable(name)}" for name in made.resident),
     ]
     print_result(arguments, answer, "\n".join(text))
-    if made.message:
-        print(made.message, file=sys.stderr)
     return 0
-
-
-def read_profile(path: Path) -> tuple[list[Any], float]:
-    """The layers (`planner.LayerCost`) and the link's bytes per second of a profile."""
-    from lib_qswap.swap.planner import LayerCost
-
-    def number(value: Any, field: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            raise UsageError(f"{path}: {field} must be a number and not negative, not {value!r}")
-        return value
-
-    try:
-        profile = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not JSON: {error}") from None
-    if not isinstance(profile, dict) or not isinstance(profile.get("layers"), list):
-        raise UsageError(f'{path}: a profile is {{"link_bytes_per_s": ..., "layers": [...]}}')
-    link_bytes_per_s = number(profile.get("link_bytes_per_s"), "link_bytes_per_s")
-    if not link_bytes_per_s:
-        raise UsageError(f"{path}: link_bytes_per_s must not be 0")
-    layers = []
-    for index, layer in enumerate(profile["layers"]):
-        if not isinstance(layer, dict) or not isinstance(layer.get("name"), str):
-            raise UsageError(
-                f'{path}: layers[{index}] must be {{"name": ..., "bytes": ..., "compute_s": ...}}'
-            )
-        nbytes = number(layer.get("bytes"), f"layers[{index}].bytes")
-        if nbytes != int(nbytes):
-            raise UsageError(f"{path}: layers[{index}].bytes must be a whole number, not {nbytes!r}")
-        compute_s = number(layer.get("compute_s"), f"layers[{index}].compute_s")
-        layers.append(LayerCost(layer["name"], int(nbytes), compute_s))
-    return layers, link_bytes_per_s
 
 
 def bench(arguments: argparse.Namespace) -> int:

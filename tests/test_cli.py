@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lib_qswap
 from lib_qswap import cli
 from lib_qswap.standalone import bench, demo_file
+from lib_qswap.standalone.budget import Budget
+from lib_qswap.standalone.host import Settings, StandaloneHost
 from lib_qswap.swap import home
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,6 +220,37 @@ def test_plan_answers_with_residents_ring_and_step_time(tmp_path, capsys):
     assert answer["step_s"] == pytest.approx(8.0)
     assert answer["bound_s"] == 4.0
     assert "bound 4.0000 s" in qswap(capsys, "plan", "--profile", path, "--budget", "1000000")[1]
+
+
+def test_plan_refuses_a_budget_that_no_plan_keeps_and_says_which_is_the_least(tmp_path, capsys):
+    path = profile(tmp_path / "profile.json")
+    code, out, err = qswap(capsys, "plan", "--profile", path, "--budget", "999999")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "999,999 B is too small for any plan" in err
+    assert "1,000,000 B" in err
+
+
+def test_plan_reads_what_the_page_answers_about_a_model_that_has_run(tmp_path, capsys, tiny):
+    settings = Settings(budget=Budget.parse("90%"), steps=4, pixels=64)
+    host = StandaloneHost(tiny, torch.device("cpu"), settings)
+    try:
+        path = tmp_path / "residency.json"
+        path.write_text(json.dumps(host.snapshot()))
+        assert (
+            "no model in it has been measured yet"
+            in qswap(capsys, "plan", "--profile", path, "--budget", "50%")[2]
+        )
+        host.generate()
+        snapshot = host.snapshot()
+    finally:
+        host.close()
+    path.write_text(json.dumps(snapshot))
+    code, out, _ = qswap(capsys, "plan", "--profile", path, "--budget", "100%", "--json")
+    layers = snapshot["models"][-1]["layers"]
+    assert code == 0
+    assert json.loads(out)["resident"] == [layer["name"] for layer in layers]
+    assert json.loads(out)["step_s"] == pytest.approx(sum(layer["compute_us"] for layer in layers) / 1e6)
 
 
 @pytest.mark.parametrize(

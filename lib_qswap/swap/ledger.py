@@ -119,6 +119,7 @@ def model_snapshot(model: Attachment) -> dict[str, Any]:
                 "state": state,
                 "uses": layer.times.uses,
                 "stall_us": round(layer.times.stall_s * 1e6),
+                "compute_us": _microseconds(layer.times.compute_s),
             }
         )
     swapped = sum(layer.payload_bytes for layer in model.layers if layer.resident is None)
@@ -140,6 +141,10 @@ def model_snapshot(model: Attachment) -> dict[str, Any]:
         "step": _step_snapshot(model, swapped),
         "layers": layers,
     }
+
+
+def _microseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e6, 1)
 
 
 def _step_snapshot(model: Attachment, swapped_bytes: int) -> dict[str, Any]:

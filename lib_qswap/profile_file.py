@@ -1,0 +1,72 @@
+"""Profiles for `qswap plan`: what a model's layers take, from a file that is written by hand or saved from
+the panel's address `/qswap/v1/residency`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lib_qswap.swap.step_model import LayerCost
+
+WRITTEN = '{"link_bytes_per_s": ..., "layers": [{"name": ..., "bytes": ..., "compute_s": ...}, ...]}'
+
+
+def read_profile(path: Path) -> tuple[list[LayerCost], float]:
+    """The layers in execution order, and the link's bytes per second.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no profile; the message names the field, not the file.
+    """
+    try:
+        profile = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if isinstance(profile, dict) and isinstance(profile.get("models"), list):
+        profile = _of_snapshot(profile["models"])
+    if not isinstance(profile, dict) or not isinstance(profile.get("layers"), list):
+        raise ValueError(f"a profile is {WRITTEN}, or what /qswap/v1/residency answers")
+    link_bytes_per_s = _number(profile.get("link_bytes_per_s"), "link_bytes_per_s")
+    if not link_bytes_per_s:
+        raise ValueError("link_bytes_per_s must not be 0")
+    return [_layer(layer, index) for index, layer in enumerate(profile["layers"])], link_bytes_per_s
+
+
+def _of_snapshot(models: list[Any]) -> dict[str, Any]:
+    """The profile of the last model that has run, of a snapshot (ledger.py)."""
+    managed = [model for model in models if isinstance(model, dict) and model.get("layers")]
+    for model in reversed(managed):
+        link_bytes_per_s = (model.get("step") or {}).get("link_bytes_per_s")
+        layers = [layer for layer in model["layers"] if isinstance(layer, dict)]
+        times_us = [layer.get("compute_us") for layer in layers]
+        if link_bytes_per_s and None not in times_us:
+            return {
+                "link_bytes_per_s": link_bytes_per_s,
+                "layers": [
+                    {
+                        "name": layer.get("name"),
+                        "bytes": layer.get("bytes"),
+                        "compute_s": _number(time_us, f"layers[{index}].compute_us") / 1e6,
+                    }
+                    for index, (layer, time_us) in enumerate(zip(layers, times_us, strict=True))
+                ],
+            }
+    raise ValueError("no model in it has been measured yet: generate one image of 4 steps, and save it again")
+
+
+def _layer(layer: Any, index: int) -> LayerCost:
+    if not isinstance(layer, dict) or not isinstance(layer.get("name"), str):
+        raise ValueError(f'layers[{index}] must be {{"name": ..., "bytes": ..., "compute_s": ...}}')
+    nbytes = _number(layer.get("bytes"), f"layers[{index}].bytes")
+    if nbytes != int(nbytes):
+        raise ValueError(f"layers[{index}].bytes must be a whole number, not {nbytes!r}")
+    return LayerCost(
+        layer["name"], int(nbytes), _number(layer.get("compute_s"), f"layers[{index}].compute_s")
+    )
+
+
+def _number(value: Any, field: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError(f"{field} must be a number and not negative, not {value!r}")
+    return value
