@@ -321,7 +321,7 @@ def test_no_layers_need_no_plan():
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_small_models_are_planned_within_2_percent_of_the_best_of_all_subsets(seed):
+def test_small_models_are_planned_within_half_a_percent_of_the_best_of_all_subsets(seed):
     rng = random.Random(seed)
     layers = [layer(i, rng.choice((2, 10, 20, 30)), rng.choice((0, 0.5, 1, 3))) for i in range(9)]
     link = rng.choice((5e9, 1e10, 2e10))
@@ -334,30 +334,30 @@ def test_small_models_are_planned_within_2_percent_of_the_best_of_all_subsets(se
         largest = max((x.nbytes for x, fetched in zip(layers, swapped, strict=True) if fetched), default=0)
         if ring >= largest > 0:
             best = min(best, streaming.step_s(swapped, ring))
-    assert plan.step_s <= 1.02 * best
+    assert plan.step_s <= 1.005 * best
 
 
-# The last column is the step that search() found in 4,000 rounds (a minute for each), started from the plan.
+# The last column is the best step that benchmarks/planner_judge.py found.
 @pytest.mark.parametrize(
     ("bits_per_weight", "tflops", "tokens", "link", "share", "best_known_s"),
     [
         (4.5, 12, 4096, 12e9, 0.25, 4.957466),
         (4.5, 60, 4096, 8e9, 0.1, 1.041874),
-        (4.5, 100, 4096, 8e9, 0.25, 0.654926),
-        (8.5, 12, 1024, 8e9, 0.1, 1.822804),
-        (8.5, 60, 4096, 12e9, 0.1, 1.141456),
-        (8.5, 60, 4096, 8e9, 0.25, 1.204547),
-        (8.5, 60, 1024, 12e9, 0.5, 0.532267),
-        (8.5, 100, 4096, 8e9, 0.5, 0.808428),
+        (4.5, 100, 4096, 8e9, 0.25, 0.653572),
+        (8.5, 12, 1024, 8e9, 0.1, 1.821097),
+        (8.5, 60, 4096, 12e9, 0.1, 1.140621),
+        (8.5, 60, 4096, 8e9, 0.25, 1.203643),
+        (8.5, 60, 1024, 12e9, 0.5, 0.531431),
+        (8.5, 100, 4096, 8e9, 0.5, 0.805921),
         (8.5, 100, 4096, 24e9, 0.1, 0.636410),
         (8.5, 100, 1024, 24e9, 0.75, 0.198299),
     ],
 )
-def test_flux_is_planned_within_1_percent_of_the_best_that_is_known(
+def test_flux_is_planned_within_half_a_percent_of_the_best_that_is_known(
     bits_per_weight, tflops, tokens, link, share, best_known_s
 ):
     plan = plan_for(flux(bits_per_weight, tflops, tokens), share, link)
-    assert plan.step_s <= 1.01 * best_known_s
+    assert plan.step_s <= 1.005 * best_known_s
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -372,17 +372,17 @@ def test_flux_is_planned_within_1_percent_of_the_best_that_is_known(
     ],
 )
 @pytest.mark.parametrize("link", [6e9, 15e9])
-def test_other_shapes_are_planned_within_2_percent_of_what_a_local_search_finds(layers, share, link):
+def test_other_shapes_are_planned_within_half_a_percent_of_what_a_local_search_finds(layers, share, link):
     plan = plan_for(layers, share, link)
     best = search(layers, plan.budget_bytes, link, plan, rounds=200)
-    assert plan.step_s <= 1.02 * best
+    assert plan.step_s <= 1.005 * best
 
 
 def test_planning_is_quick():
     started = time.process_time()
     plan_for(flux(8.5, 60), 0.1, 12e9)
-    assert time.process_time() - started < 0.5  # a tenth of it on an idle desktop
+    assert time.process_time() - started < 0.5
     many = [layer(i, 0.2 + i % 7, 0.01 * (i % 5)) for i in range(2000)]
     started = time.process_time()
     plan_for(many, 0.4, 1e10)
-    assert time.process_time() - started < 4
+    assert time.process_time() - started < 2

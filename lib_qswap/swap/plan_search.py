@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from .diffusion import Diffusion, Recipe
-from .step_model import Fetch, Streaming
+from .step_model import AVERAGED_STEPS, Fetch, Streaming
 
 # Rings that are tried, in largest swapped layers. Past 3.5 to 4 a larger one seldom pays; much larger ones
 # help where a small budget leaves a long stretch of a model short of bandwidth.
@@ -41,7 +41,8 @@ SLOWER_TRIED = 1.03  # of the best so far: how much slower recipes are of intere
 EXCHANGED = 0.2  # of the effort, for exchanges
 HEAT = 0.001  # how much slower than the current set one may be, at first
 REACH = 5  # how many fetches before a wait the cause is looked for
-SEARCH_STEPS = 2
+SEARCH_STEPS = 2  # simulated after the warm-up; the ring of a few layers wraps elsewhere in each of them
+FEW_LAYERS = 64
 
 
 class Candidate(NamedTuple):
@@ -65,6 +66,7 @@ class PlanSearch:
         self.diffusion = Diffusion(streaming.nbytes, streaming.compute_s)
         self.random = random.Random(0)
         self.limits = self._size_limits()
+        self.steps = AVERAGED_STEPS if len(self.nbytes) <= FEW_LAYERS else SEARCH_STEPS
         self.enough_s = GOOD_ENOUGH * min(self._least_s(limit, limit) for limit in self.limits)
         self._tried: dict[Recipe, Candidate | None] = {}
         self._exact: dict[int, list[int]] = {}
@@ -122,7 +124,7 @@ class PlanSearch:
         pick = self.random
         enough = self._work + effort
         for _ in range(VARIATIONS_MOST):
-            if self._work >= enough:
+            if self._work >= enough or self._best_s <= self.enough_s:
                 break
             recipe, _ = best[int(pick.random() ** 2 * len(best))]
             choice = pick.random()
@@ -185,7 +187,7 @@ class PlanSearch:
         if swapped is None:
             return None
         self._work += sum(swapped)
-        step_s = self.streaming.step_s(swapped, recipe.ring_bytes, SEARCH_STEPS, self._best_s * SLOWER_TRIED)
+        step_s = self.streaming.step_s(swapped, recipe.ring_bytes, self.steps, self._best_s * SLOWER_TRIED)
         self._best_s = min(self._best_s, step_s)
         return Candidate(step_s, recipe.ring_bytes, swapped)
 
@@ -243,4 +245,4 @@ class PlanSearch:
         ring = self.fixed_ring_bytes or self.budget_bytes - resident
         if not largest or ring < largest or resident + ring > self.budget_bytes:
             return None
-        return Candidate(self.streaming.step_s(swapped, ring, SEARCH_STEPS, limit_s), ring, swapped)
+        return Candidate(self.streaming.step_s(swapped, ring, self.steps, limit_s), ring, swapped)
