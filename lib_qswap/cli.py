@@ -98,8 +98,11 @@ def build_parser() -> Parser:
 
     sub = command("bench", bench, "Measure unpacking, loading and steps on this machine.")
     sub.add_argument("what", choices=BENCHMARKS)
-    sub.add_argument("--quant", default="Q4_K", choices=DEMO_QUANTS)
+    sub.add_argument("--quant", default="Q4_K", choices=DEMO_QUANTS, help="of the model, in load and step")
     sub.add_argument("--device", default="auto")
+    sub.add_argument("--types", type=lambda text: text.split(","), metavar="Q4_K,Q6_K", help="for dequant")
+    sub.add_argument("--comfyui-gguf", type=Path, metavar="DIR", help="for dequant: its checkout")
+    sub.add_argument("--ggml", type=Path, metavar="FILE", help="for dequant: libggml-base of llama.cpp")
 
     sub = command("doctor", doctor, "What this machine and a web UI offer QSwap.")
     sub.add_argument("--webui", type=Path, metavar="DIR", help="folder of a Stable Diffusion WebUI")
@@ -285,15 +288,21 @@ def read_profile(path: Path) -> tuple[list[Any], float]:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    from lib_qswap.standalone.bench import run_benchmarks
+    from lib_qswap.standalone import bench_dequant
+    from lib_qswap.standalone.bench import Options, run_benchmarks
     from lib_qswap.standalone.host import find_device
 
+    names = BENCHMARKS[:-1] if arguments.what == "all" else (arguments.what,)
+    types = arguments.types or bench_dequant.TYPES
+    unknown = [name for name in types if name not in bench_dequant.TYPES]
+    if unknown:
+        raise UsageError(f"--types: {unknown[0]!r} is no type of blocks: {', '.join(bench_dequant.TYPES)}")
     try:
         device = find_device(arguments.device)
+        peers = bench_dequant.find_peers(arguments.comfyui_gguf, arguments.ggml, device)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    names = BENCHMARKS[:-1] if arguments.what == "all" else (arguments.what,)
-    results, lines = run_benchmarks(names, quant=arguments.quant, device=device)
+    results, lines = run_benchmarks(names, Options(arguments.quant, types, peers), device)
     print_result(arguments, results, "\n".join(lines))
     return 0
 
