@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
     # On the CPU, threads that spin while they wait for the next product take the cores from those that still
     # compute: ten times slower where anything else runs. OpenMP reads this once, when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Unpacking alone is many short operations, and measured as a web UI runs it, with threads that spin.
+    if getattr(parsed, "what", None) != "dequant":
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from torch.cuda import OutOfMemoryError  # of every device, by the name that torch 2.3 has as well
 
     from lib_qswap import GGUFError

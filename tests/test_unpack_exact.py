@@ -23,7 +23,6 @@ BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: 
 def small_chunks(monkeypatch):
     """Chunks of 32 super-blocks, so that a small tensor has several."""
     monkeypatch.setattr(unpacking, "_CPU_CHUNK_ELEMENTS", 8192 // torch.get_num_threads())
-    monkeypatch.setattr(unpacking, "_CPU_CHUNK_ELEMENTS_OF_K", 8192 // torch.get_num_threads())
     monkeypatch.setattr(unpacking, "_CHUNK_ELEMENTS", 8192)
 
 

@@ -33,8 +33,6 @@ _CPU_KINDS: dict[str, Callable[[int], unpack_cpu.ChunkUnpacker]] = {
 
 # For each thread. Smaller chunks spend their time on calls, larger ones on memory outside the caches.
 _CPU_CHUNK_ELEMENTS = 1 << 19
-# In `unpack_cpu` calls are fewer, so that chunks can be smaller.
-_CPU_CHUNK_ELEMENTS_OF_K = 1 << 18
 # For 64 MB. No type takes more than 8 bytes of temporaries for an element on an accelerator, than 14 on a
 # CPU; `unpack_cpu`, which unpacks the scales of several chunks at once, less than 24.
 _CHUNK_ELEMENTS = 1 << 23
@@ -73,7 +71,7 @@ def unpack(
         values = out.view(-1, format.block_elements)
         kind = _CPU_KINDS.get(format.name) if exact and out.device.type == "cpu" else None
         if kind is not None and packed.data_ptr() % 8 == 0:
-            of_all_threads = _CPU_CHUNK_ELEMENTS_OF_K * torch.get_num_threads()
+            of_all_threads = _CPU_CHUNK_ELEMENTS * torch.get_num_threads()
             chunk_elements = min(of_all_threads, _MOST_CPU_CHUNK_ELEMENTS_OF_K)
             done = unpack_cpu.unpack_whole_chunks(kind, blocks, values, chunk_elements)
             blocks, values = blocks[done:], values[done:]
