@@ -29,7 +29,11 @@ def forge_side_by_side() -> list[str]:
     lines = [
         "In Forge itself, on a simulated accelerator that computes on the CPU (no GPU was at hand: ratios",
         "count, not seconds), a Flux GGUF of full depth at Q4_K, 64 x 64 pixels. "
-        + ("All images are the same, pixel for pixel." if figures["same_images"] else "The images differ."),
+        + (
+            "All images but those of *exact* are the same, pixel for pixel."
+            if figures["same_images"]
+            else "The images differ."
+        ),
         "",
         "| way | step | first image | device peak | page-locked |",
         "|---|---|---|---|---|",
@@ -89,12 +93,50 @@ def planner() -> list[str]:
     ]
 
 
+COMPARED = ("Q4_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+PEERS = ("gguf-py", "diffusers", "ComfyUI-GGUF")
+
+
+def dequant_cpu() -> list[str]:
+    figures = result("dequant_cpu")["dequant"]
+    rows = {(row["type"], row["threads"]): row["fastest_s"] for row in figures["rows"]}
+    shape = " x ".join(map(str, figures["shape"]))
+    lines = [
+        f"Unpacking a weight of {shape} to fp16 on a CPU, in ms, one thread and two; in brackets how many",
+        "times QSwap's time each takes. gguf-py and ggml's C write fp32, gguf-py in one thread.",
+        "",
+        f"| | QSwap | a copy of the result | {' | '.join(PEERS)} | ggml C |",
+        "|---" * (len(PEERS) + 4) + "|",
+    ]
+    for name in COMPARED:
+        pair = [rows[name, threads] for threads in (1, 2)]
+        cells = [" / ".join(f"{seconds['qswap'] * 1e3:.0f}" for seconds in pair)]
+        cells += [
+            " / ".join(
+                f"{seconds[way] * 1e3:.0f} ({seconds[way] / seconds['qswap']:.1f})" for seconds in pair
+            )
+            for way in ("copy", *PEERS, "ggml C")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    others = [
+        rows[name, threads]["gguf-py"] / rows[name, threads]["qswap"]
+        for name, threads in rows
+        if threads == 1 and name not in COMPARED and "gguf-py" in rows[name, threads]
+    ]
+    lines += [
+        "",
+        f"The {len(others)} other types that gguf-py unpacks take it {min(others):.0f} to",
+        f"{max(others):.0f} times QSwap's time in one thread.",
+    ]
+    return lines
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     before, rest = text.split(START)
     _, after = rest.split(END)
-    parts = (forge_side_by_side, simulated_step, host_memory, planner)
+    parts = (forge_side_by_side, simulated_step, dequant_cpu, host_memory, planner)
     sections = ["\n".join(part()) for part in parts if (RESULTS / f"{part.__name__}.json").exists()]
     readme.write_text(f"{before}{START}\n" + "\n\n".join(sections) + f"\n{END}{after}", encoding="utf-8")
 

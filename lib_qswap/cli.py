@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
     # On the CPU, threads that spin while they wait for the next product take the cores from those that still
     # compute: ten times slower where anything else runs. OpenMP reads this once, when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Unpacking alone is many short operations, and measured as a web UI runs it, with threads that spin.
+    if getattr(parsed, "what", None) != "dequant":
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from torch.cuda import OutOfMemoryError  # of every device, by the name that torch 2.3 has as well
 
     from lib_qswap import GGUFError
@@ -104,8 +106,11 @@ def build_parser() -> Parser:
 
     sub = command("bench", bench, "Measure unpacking, loading and steps on this machine.")
     sub.add_argument("what", choices=BENCHMARKS)
-    sub.add_argument("--quant", default="Q4_K", choices=DEMO_QUANTS)
+    sub.add_argument("--quant", default="Q4_K", choices=DEMO_QUANTS, help="of the model, in load and step")
     sub.add_argument("--device", default="auto")
+    sub.add_argument("--types", type=lambda text: text.split(","), metavar="Q4_K,Q6_K", help="for dequant")
+    sub.add_argument("--comfyui-gguf", type=Path, metavar="DIR", help="for dequant: its checkout")
+    sub.add_argument("--ggml", type=Path, metavar="FILE", help="for dequant: libggml-base of llama.cpp")
 
     sub = command("doctor", doctor, "What this machine and a web UI offer QSwap.")
     sub.add_argument("--webui", type=Path, metavar="DIR", help="folder of a Stable Diffusion WebUI")
@@ -268,15 +273,21 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    from lib_qswap.standalone.bench import run_benchmarks
+    from lib_qswap.standalone import bench_dequant
+    from lib_qswap.standalone.bench import Options, run_benchmarks
     from lib_qswap.standalone.host import find_device
 
+    names = BENCHMARKS[:-1] if arguments.what == "all" else (arguments.what,)
+    types = arguments.types or bench_dequant.TYPES
+    unknown = [name for name in types if name not in bench_dequant.TYPES]
+    if unknown:
+        raise UsageError(f"--types: {unknown[0]!r} is no type of blocks: {', '.join(bench_dequant.TYPES)}")
     try:
         device = find_device(arguments.device)
+        peers = bench_dequant.find_peers(arguments.comfyui_gguf, arguments.ggml, device)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    names = BENCHMARKS[:-1] if arguments.what == "all" else (arguments.what,)
-    results, lines = run_benchmarks(names, quant=arguments.quant, device=device)
+    results, lines = run_benchmarks(names, Options(arguments.quant, types, peers), device)
     print_result(arguments, results, "\n".join(lines))
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 
 import lib_qswap
 from lib_qswap import cli
-from lib_qswap.standalone import bench, demo_file
+from lib_qswap.quant.formats import FORMATS
+from lib_qswap.standalone import bench, bench_dequant, demo_file
 from lib_qswap.standalone.budget import Budget
 from lib_qswap.standalone.host import Settings, StandaloneHost
 from lib_qswap.swap import home
@@ -107,6 +109,9 @@ def test_the_names_that_the_command_offers_are_those_of_the_parts():
         (["demo", "--headless", "--quant", "Q4_Z"], "Q4_Z"),
         (["plan", "--profile", "MISSING.json", "--budget", "50%"], "MISSING.json: No such file"),
         (["plan", "--profile", "NOT_GGUF", "--budget", "50%"], "not JSON"),
+        (["bench", "dequant", "--types", "Q4_K,Q4_Z"], "'Q4_Z' is no type of blocks: Q4_0, "),
+        (["bench", "dequant", "--comfyui-gguf", "MISSING"], "MISSING is no checkout of ComfyUI-GGUF"),
+        (["bench", "dequant", "--ggml", "NOT_GGUF"], "NOT_GGUF cannot be loaded"),
         (["doctor", "--webui", "MISSING"], "MISSING is not the folder"),
     ],
 )
@@ -311,11 +316,66 @@ def test_bench_measures_load_and_step_with_the_same_output_for_every_budget(tiny
     assert rows[0]["h2d_bytes_per_step"] > rows[-1]["h2d_bytes_per_step"] == 0
 
 
-def test_bench_compares_unpacking_with_a_copy(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "WEIGHT_SHAPE", (64, 256))
-    monkeypatch.setattr(bench, "REPEATS", 1)
+@pytest.fixture
+def small_weight(monkeypatch):
+    monkeypatch.setattr(bench_dequant, "WEIGHT_SHAPE", (64, 256))
+    monkeypatch.setattr(bench_dequant, "REPEATS", 2)
+
+
+def test_bench_compares_unpacking_with_a_copy_for_every_type_and_number_of_threads(small_weight, capsys):
+    before = torch.get_num_threads()
     code, out, _ = qswap(capsys, "bench", "dequant", "--device", "cpu", "--json")
-    rows = json.loads(out)["dequant"]["types"]
+    rows = json.loads(out)["dequant"]["rows"]
     assert code == 0
-    assert set(rows) == set(demo_file.BLOCKS)
-    assert all(row["qswap_s"] > 0 and row["copies"] > 0 for row in rows.values())
+    assert torch.get_num_threads() == before
+    assert [(row["type"], row["threads"]) for row in rows] == [
+        (name, threads) for name in bench_dequant.TYPES for threads in (1, 2)
+    ]
+    assert set(bench_dequant.TYPES) > set(demo_file.BLOCKS)
+    for row in rows:
+        for way in ("qswap", "copy"):
+            assert 0 < row["fastest_s"][way] <= row["median_s"][way]
+
+
+COMFYUI_GGUF = """
+import gguf, torch
+def dequantize(data, qtype, oshape, dtype=None):
+    return torch.zeros(oshape)
+dequantize_functions = {gguf.GGMLQuantizationType.Q4_K: None}
+"""
+
+
+def test_bench_compares_unpacking_with_the_peers_that_have_the_type(small_weight, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    (tmp_path / "dequant.py").write_text(COMFYUI_GGUF)
+    arguments = ("bench", "dequant", "--device", "cpu", "--types", "Q4_K,Q1_0", "--comfyui-gguf", tmp_path)
+    code, out, _ = qswap(capsys, *arguments, "--json")
+    ways = {row["type"]: set(row["fastest_s"]) for row in json.loads(out)["dequant"]["rows"]}
+    assert code == 0
+    assert ways["Q4_K"] >= {"qswap", "copy", "gguf-py", "ComfyUI-GGUF"}
+    assert ways["Q1_0"] == {"qswap", "copy"}
+    _, out, _ = qswap(capsys, *arguments)
+    heading, *rows = [line.split() for line in out.splitlines()[2:]]
+    assert heading[:4] == ["type", "threads", "qswap", "copy"]
+    assert [row[:2] for row in rows] == [["Q4_K", "1"], ["Q4_K", "2"], ["Q1_0", "1"], ["Q1_0", "2"]]
+    assert rows[3][-1] == "-"
+
+
+GGML = "void dequantize_row_q4_K(const void *x, float *y, long long k) { while (k--) *y++ = 1; }"
+
+
+def test_bench_calls_ggmls_function_for_every_row(small_weight, tmp_path):
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    (tmp_path / "ggml.c").write_text(GGML)
+    library = tmp_path / "libggml-base.so"
+    subprocess.run([compiler, "-shared", "-fPIC", tmp_path / "ggml.c", "-o", library], check=True)
+    prepare = bench_dequant.find_peers(None, library, torch.device("cpu"))["ggml C"]
+
+    def run(name: str):
+        packed = torch.zeros(64, FORMATS[name].packed_bytes(256), dtype=torch.uint8)
+        return prepare(bench_dequant.Weight(FORMATS[name], packed, torch.empty(64, 256)))
+
+    assert run("Q6_K") is None
+    assert torch.equal(run("Q4_K")(), torch.ones(64, 256))

@@ -1,27 +1,43 @@
 """Packed blocks to numbers: the one entry point, on any device.
 
 One of `kernels` does it where there is one, else torch's operations do, in chunks: a chunk's temporaries fit
-into a CPU's cache, or, on an accelerator, into 64 MB. Nothing here waits for a device, and all memory comes
-from torch's allocator, on the current stream.
+into a CPU's caches, or, on an accelerator, where small ones would be many launches, into 64 MB. On a CPU the
+K types have a way of their own, `unpack_cpu`, for all but the rest that fills no chunk. Nothing here waits
+for a device, and all memory comes from torch's allocator, on the current stream.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import kernels, unpack_cpu, unpack_cpu_k
 from .formats import Format, UnpackFunction, UnpackLikeForgeFunction
 from .words import BLOCK_GRANULE
 
 Arithmetic = Literal["exact", "like Forge"]
 
+_CPU_KINDS: dict[str, Callable[[int], unpack_cpu.ChunkUnpacker]] = {
+    kind.__name__: kind
+    for kind in (
+        unpack_cpu_k.Q2_K,
+        unpack_cpu_k.Q3_K,
+        unpack_cpu_k.Q4_K,
+        unpack_cpu_k.Q5_K,
+        unpack_cpu_k.Q6_K,
+    )
+}
+
 # For each thread. Smaller chunks spend their time on calls, larger ones on memory outside the caches.
 _CPU_CHUNK_ELEMENTS = 1 << 19
-# No type takes more than 8 bytes of temporaries for an element.
+# For 64 MB. No type takes more than 8 bytes of temporaries for an element on an accelerator, than 14 on a
+# CPU; `unpack_cpu`, which unpacks the scales of several chunks at once, less than 24.
 _CHUNK_ELEMENTS = 1 << 23
+_MOST_CPU_CHUNK_ELEMENTS = 1 << 22
+_MOST_CPU_CHUNK_ELEMENTS_OF_K = 1 << 21
 
 
 def unpack(
@@ -53,6 +69,12 @@ def unpack(
     with torch.inference_mode():
         blocks = packed.view(-1, format.block_bytes)
         values = out.view(-1, format.block_elements)
+        kind = _CPU_KINDS.get(format.name) if exact and out.device.type == "cpu" else None
+        if kind is not None and packed.data_ptr() % 8 == 0:
+            of_all_threads = _CPU_CHUNK_ELEMENTS * torch.get_num_threads()
+            chunk_elements = min(of_all_threads, _MOST_CPU_CHUNK_ELEMENTS_OF_K)
+            done = unpack_cpu.unpack_whole_chunks(kind, blocks, values, chunk_elements)
+            blocks, values = blocks[done:], values[done:]
         _in_chunks(function, blocks, values, rounding, direct=format.dtype is not None)
     return out
 
@@ -101,9 +123,9 @@ def _in_chunks(
     """Call `function` for every chunk. `direct`: it may write into `values` itself in any dtype."""
     on_cpu = values.device.type == "cpu"
     count, elements = values.shape
-    chunk_elements = (
-        min(_CPU_CHUNK_ELEMENTS * torch.get_num_threads(), _CHUNK_ELEMENTS) if on_cpu else _CHUNK_ELEMENTS
-    )
+    chunk_elements = _CHUNK_ELEMENTS
+    if on_cpu:
+        chunk_elements = min(_CPU_CHUNK_ELEMENTS * torch.get_num_threads(), _MOST_CPU_CHUNK_ELEMENTS)
     # Plain types compute in their own width where that is more than fp32's.
     chunk = chunk_elements // (blocks.shape[1] if direct else elements)
     # On the CPU planes are written in fp32 and rounded in one contiguous pass: short strided ones are slow.

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lib_qswap.panel.report import format_bytes
-from lib_qswap.quant.formats import FORMATS
 from lib_qswap.quant.gguf_file import open_gguf
-from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.standalone import bench_dequant
 from lib_qswap.standalone.budget import Budget
-from lib_qswap.standalone.demo_file import BLOCKS, demo_file, quantized_weight
+from lib_qswap.standalone.demo_file import demo_file
 from lib_qswap.standalone.denoise import PIXELS_PER_TOKEN
-from lib_qswap.standalone.host import Settings, StandaloneHost, computation_dtype
+from lib_qswap.standalone.host import Settings, StandaloneHost
 from lib_qswap.swap.device import device_of
 
-REPEATS = 5
-WEIGHT_SHAPE = (3072, 3072)
 RESIDENT_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 STEPS = 4
 # The smallest image, so that bytes and not products decide the step.
@@ -30,67 +26,34 @@ STEP_PIXELS = 4 * PIXELS_PER_TOKEN
 Result = tuple[Any, list[str]]
 
 
-def run_benchmarks(names: Sequence[str], *, quant: str, device: torch.device) -> Result:
+@dataclass(frozen=True)
+class Options:
+    """quant: type of the demo model's blocks. types, peers: see `bench_dequant.measure`."""
+
+    quant: str
+    types: Sequence[str]
+    peers: Mapping[str, bench_dequant.Peer]
+
+
+def run_benchmarks(names: Sequence[str], options: Options, device: torch.device) -> Result:
     """Runs the benchmarks of these names; returns their numbers, and lines of text."""
-    results: dict[str, Any] = {"device": str(device), "torch": torch.__version__, "quant": quant}
+    results: dict[str, Any] = {"device": str(device), "torch": torch.__version__, "quant": options.quant}
     lines: list[str] = []
     for name in names:
-        results[name], shown = BENCHMARKS[name](quant, device)
+        results[name], shown = BENCHMARKS[name](options, device)
         lines += [name, *(f"  {line}" for line in shown)]
     return results, lines
 
 
-def median_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of a few calls after one that warms up, each until the device is done."""
-    synchronize = device_of(device).synchronize
-    run()
-    taken = []
-    for _ in range(REPEATS):
-        synchronize()
-        start = time.perf_counter()
-        run()
-        synchronize()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+def dequant(options: Options, device: torch.device) -> Result:
+    """Unpacking one weight of each type, beside a copy and the peers that are at hand."""
+    result = bench_dequant.measure(options.types, options.peers, device)
+    return result, bench_dequant.table(result)
 
 
-def dequant(_quant: str, device: torch.device) -> Result:
-    """Unpacking one weight of each type, beside a plain copy and gguf-py (on the CPU, if installed)."""
-    dtype = computation_dtype(device)
-    out = torch.empty(WEIGHT_SHAPE, dtype=dtype, device=device)
-    copied = torch.empty_like(out)
-    copy_s = median_seconds(lambda: copied.copy_(out), device)
-    gguf_py = _gguf_py()
-    rows = {}
-    for name in BLOCKS:
-        packed = quantized_weight(name, WEIGHT_SHAPE)
-        weight = PackedTensor(packed.to(device), FORMATS[name], WEIGHT_SHAPE, dtype=dtype)
-        row = {"qswap_s": median_seconds(partial(weight.dequantize, out=out), device)}
-        row["copies"] = row["qswap_s"] / copy_s
-        if gguf_py is not None:
-            row["gguf_py_s"] = median_seconds(partial(gguf_py, name, packed), torch.device("cpu"))
-            row["times_faster_than_gguf_py"] = row["gguf_py_s"] / row["qswap_s"]
-        rows[name] = row
-    elements = out.numel()
-    lines = [
-        f"{name:<7} {elements / row['qswap_s'] / 1e9:7.3f} G weights/s, {row['copies']:5.1f} copies of it"
-        + (f", {row['times_faster_than_gguf_py']:.1f} x as fast as gguf-py" if "gguf_py_s" in row else "")
-        for name, row in rows.items()
-    ]
-    return {"dtype": str(dtype), "elements": elements, "copy_s": copy_s, "types": rows}, lines
-
-
-def _gguf_py() -> Callable[[str, torch.Tensor], object] | None:
-    try:
-        import gguf
-    except ImportError:
-        return None
-    return lambda name, packed: gguf.quants.dequantize(packed.numpy(), gguf.GGMLQuantizationType[name])
-
-
-def load(quant: str, device: torch.device) -> Result:
+def load(options: Options, device: torch.device) -> Result:
     """Opening the demo model, and attaching it with nothing resident, for each location."""
-    path = demo_file(quant)
+    path = demo_file(options.quant)
     started = time.perf_counter()
     open_gguf(path)
     result: dict[str, Any] = {
@@ -111,9 +74,9 @@ def load(quant: str, device: torch.device) -> Result:
     return result, lines
 
 
-def step(quant: str, device: torch.device) -> Result:
+def step(options: Options, device: torch.device) -> Result:
     """Step times of the demo model with 0 to 100 % of its bytes as budget, beside the bound."""
-    path = demo_file(quant)
+    path = demo_file(options.quant)
     rows = []
     for share in RESIDENT_SHARES:
         # All of it is more than the file: the scratch that weights are unpacked into counts as well.
@@ -141,7 +104,7 @@ def step(quant: str, device: torch.device) -> Result:
     return {"location": "auto", "pixels": STEP_PIXELS, "budgets": rows}, lines
 
 
-BENCHMARKS: dict[str, Callable[[str, torch.device], Result]] = {
+BENCHMARKS: dict[str, Callable[[Options, torch.device], Result]] = {
     "dequant": dequant,
     "load": load,
     "step": step,

@@ -1,0 +1,214 @@
+"""The K types on a CPU: the values of `unpack_k`, whose docstrings have the layouts, in the way of
+`unpack_cpu`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .unpack_cpu import ChunkUnpacker
+from .words import as_words, every_byte
+
+# A tensor, so that no call has to make one of it; so are all the masks and shifts below.
+_LANES = torch.tensor(0x00FF00FF00FF00FF)
+
+
+def _every_byte(*bytes_: int) -> Tensor:
+    return torch.tensor([every_byte(byte) for byte in bytes_])
+
+
+def _repeated_half(blocks: Tensor, offset: int, count: int) -> Tensor:
+    """The fp16 number at an even byte offset of every block, `count` (2 or 4) times, fp32 (count * n,)."""
+    bits = blocks.view(torch.int16)[:, offset // 2].long().bitwise_and_(0xFFFF)
+    # A product with 0x00010001 repeats 16 bits; copies of short rows take longer.
+    repeated = bits.mul_(0x0001000100010001) if count == 4 else bits.mul_(0x00010001).int()
+    return repeated.view(torch.float16).float()
+
+
+# -- Q4_K and Q5_K: groups of 32 -----------------------------------------------------------------------------
+
+
+def _six_bit_scales(blocks: Tensor, *units: float) -> tuple[Tensor, Tensor]:
+    """Scales (times the unit of their plane) and minima, fp32 (2, 4 * n, 1) each: planes 0 and 1 of every 32
+    bytes."""
+    n = blocks.shape[0]
+    first, second = blocks.view(torch.int64)[:, :2].t().contiguous().unbind(0)  # d, dmin, 4 sc; 4 m, 4 rest
+    six = torch.empty((2, 2, n), dtype=torch.int64)
+    tops = ((first >> 34) & 0x30303030, (second >> 2) & 0x30303030)
+    rests = ((second >> 32) & 0x0F0F0F0F, (second >> 36) & 0x0F0F0F0F)
+    for low, top, rest, of_both in zip((first >> 32, second), tops, rests, six.unbind(1), strict=True):
+        eight = top.bitwise_or_(rest).bitwise_left_shift_(32).bitwise_or_(low & 0x3F3F3F3F)
+        torch.bitwise_and(eight, _LANES, out=of_both[0])
+        torch.bitwise_and(eight >> 8, _LANES, out=of_both[1])
+    numbers = six.view(torch.int16).float()  # (plane, scale or minimum, 4 * n)
+    halves = torch.stack((_repeated_half(blocks, 0, 4), _repeated_half(blocks, 2, 4)))
+    scales, minima = numbers.mul_(halves).unbind(1)
+    return scales.mul_(torch.tensor(units)[:, None])[:, :, None], minima[:, :, None]
+
+
+class Q4_K(ChunkUnpacker):
+    width, planes = 32, 2
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__((2, blocks, 16))
+        self.masks = _every_byte(0x0F, 0xF0).unbind(0)
+
+    def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        return _six_bit_scales(blocks, 1, 1 / 16)
+
+    def read(self, blocks: Tensor) -> None:
+        nibbles = blocks.view(torch.int64)[:, 2:]
+        for mask, words in zip(self.masks, self.words.unbind(0), strict=True):
+            torch.bitwise_and(nibbles, mask, out=words)
+
+
+class Q5_K(ChunkUnpacker):
+    width, planes = 32, 2
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__((2, blocks, 16))
+        self.low, self.high = self.words.unbind(0)
+        self.fifth = torch.empty((blocks, 4, 4), dtype=torch.int64)
+        self.fifth_of_pairs = self.fifth.unbind(1)
+        self.fifth_rows = self.fifth.view(blocks, 16)
+        self.tops = torch.empty_like(self.words)
+        # Plane j has its fifth bits at bit j: to the top of the byte.
+        shifts = torch.tensor([7, 5, 3, 1]).repeat_interleave(4)
+        self.shifts = (shifts, shifts - 1)
+        self.four, self.top = _every_byte(0x78, 0x80).unbind(0)
+
+    def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        return _six_bit_scales(blocks, 1 / 8, 1 / 8)
+
+    def read(self, blocks: Tensor) -> None:
+        words = blocks.view(torch.int64)
+        nibbles, fifth = words[:, 6:], words[:, 2:6]
+        for of_pair in self.fifth_of_pairs:
+            of_pair.copy_(fifth)
+        torch.bitwise_left_shift(nibbles, 3, out=self.low)
+        torch.bitwise_right_shift(nibbles, 1, out=self.high)
+        self.words.bitwise_and_(self.four)
+        for shift, tops in zip(self.shifts, self.tops.unbind(0), strict=True):
+            torch.bitwise_left_shift(self.fifth_rows, shift, out=tops)
+        self.words.bitwise_or_(self.tops.bitwise_and_(self.top))
+
+
+# -- Q2_K, Q3_K and Q6_K: groups of 16 -----------------------------------------------------------------------
+
+
+class _Groups16(ChunkUnpacker):
+    """A half super-block is four planes of two groups: eight planes of 16 here, the numbers in pairs."""
+
+    width, planes = 16, 8
+
+    def planes_of_numbers(self) -> Sequence[Tensor]:
+        return [group for plane in self.numbers.view(4, -1, 2, 16).unbind(0) for group in plane.unbind(1)]
+
+
+_BYTES_TO_TOP = torch.arange(56, -8, -8)[:, None]
+_BYTES_TO_BOTTOM = torch.arange(0, 64, 8)[:, None]
+
+
+class Q6_K(_Groups16):
+    signed = True
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__((4, 8 * blocks))
+        self.low, self.high = self.words.view(2, -1).unbind(0)
+        columns = torch.empty((2, blocks, 2, 32), dtype=torch.uint8)
+        self.columns = [columns[column, :, half] for half in range(2) for column in range(2)]
+        self.column_words = as_words(columns)
+        self.pairs = torch.empty((blocks, 64), dtype=torch.uint8)
+        self.pair_words = as_words(self.pairs)
+        self.tops = torch.empty_like(self.words)
+        self.shifts = torch.tensor([6, 4, 2, 0])[:, None]
+        self.flip, self.four, self.two = _every_byte(0xAA, 0x3C, 0xC0).unbind(0)
+
+    def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        small = as_words(blocks[:, 192:208].contiguous())
+        signed = (small << _BYTES_TO_TOP).bitwise_right_shift_(56).float()
+        return (signed.mul_(_repeated_half(blocks, 208, 2).mul_(1 / 4))[:, :, None],)
+
+    def read(self, blocks: Tensor) -> None:
+        fields = blocks[:, :192].split((32, 32, 32, 32, 64), 1)
+        for field, column in zip(fields[:4], self.columns, strict=True):
+            column.copy_(field)
+        self.pairs.copy_(fields[4])
+        # With the top bit of every pair flipped, q * 4 read as signed is (q - 32) * 4.
+        self.pair_words.bitwise_xor_(self.flip)
+        torch.bitwise_left_shift(self.column_words, 2, out=self.low)
+        torch.bitwise_right_shift(self.column_words, 2, out=self.high)
+        self.words.bitwise_and_(self.four)
+        torch.bitwise_left_shift(self.pair_words, self.shifts, out=self.tops)
+        self.words.bitwise_or_(self.tops.bitwise_and_(self.two))
+
+
+class Q2_K(_Groups16):
+    def __init__(self, blocks: int) -> None:
+        super().__init__((4, 8 * blocks))
+        self.pairs = torch.empty((blocks, 16), dtype=torch.int32)
+        self.pair_words = as_words(self.pairs)
+        self.masks = _every_byte(0x03, 0x0C, 0x30, 0xC0)[:, None]
+        self.units = torch.tensor([1, 1 / 4, 1 / 16, 1 / 64])[:, None]
+
+    def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        small = as_words(blocks.view(torch.int32)[:, :4].contiguous())
+        # The two scales of a plane lie beside each other, as the plane's numbers do.
+        pairs = (small >> _BYTES_TO_BOTTOM[::2]).bitwise_and_(0x0F0F).short().view(torch.uint8).float()
+        scales = pairs.mul_(_repeated_half(blocks, 80, 4)).mul_(self.units)
+        minima = (
+            (small >> (_BYTES_TO_BOTTOM + 4)).bitwise_and_(0x0F).float().mul_(_repeated_half(blocks, 82, 2))
+        )
+        return scales[:, :, None], minima[:, :, None]
+
+    def read(self, blocks: Tensor) -> None:
+        self.pairs.copy_(blocks.view(torch.int32)[:, 4:20])
+        torch.bitwise_and(self.pair_words, self.masks, out=self.words)
+
+
+class Q3_K(_Groups16):
+    signed = True
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__((4, 8 * blocks))
+        self.left, self.right = self.words[:3], self.words[3]
+        self.pairs = torch.empty((blocks, 64), dtype=torch.uint8)
+        self.pair_words = as_words(self.pairs)
+        self.third = torch.empty((blocks, 32), dtype=torch.uint8)
+        self.third_words = as_words(self.third).view(blocks, 4)
+        third_of_halves = torch.empty((blocks, 2, 4), dtype=torch.int64)
+        self.third_of_half = third_of_halves.unbind(1)
+        self.third_rows = third_of_halves.view(-1)
+        self.tops = torch.empty_like(self.words)
+        self.pair_shifts = torch.tensor([5, 3, 1])[:, None]
+        self.shifts = torch.tensor([7, 6, 5, 4])[:, None]
+        self.two, self.top = _every_byte(0x60, 0x80).unbind(0)
+
+    def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        n = blocks.shape[0]
+        low = as_words(blocks[:, 96:104].contiguous())
+        top = blocks[:, 104:108].contiguous().view(torch.int32).view(-1).long()
+        small = torch.empty((n, 2), dtype=torch.int64)
+        for half, of_half in enumerate(small.unbind(1)):
+            tops = ((top >> (4 * half + 2)) & 0x03030303).bitwise_left_shift_(32)
+            tops.bitwise_or_((top >> 4 * half) & 0x03030303)
+            four = (low >> 4 * half).bitwise_and_(every_byte(0x0F))
+            torch.bitwise_or(four, tops << 4, out=of_half)
+        six = (small.view(-1) >> _BYTES_TO_BOTTOM).bitwise_and_(0x3F).float().sub_(32)
+        return (six.mul_(_repeated_half(blocks, 108, 2).mul_(1 / 32))[:, :, None],)
+
+    def read(self, blocks: Tensor) -> None:
+        third, pairs = blocks[:, :96].split((32, 64), 1)
+        self.pairs.copy_(pairs)
+        # Flipped, as the top bit of a byte read as signed, it takes 4 off where it was clear.
+        self.third.copy_(third)
+        torch.bitwise_not(self.third_words, out=self.third_of_half[0])
+        torch.bitwise_right_shift(self.third_of_half[0], 4, out=self.third_of_half[1])
+        torch.bitwise_left_shift(self.pair_words, self.pair_shifts, out=self.left)
+        torch.bitwise_right_shift(self.pair_words, 1, out=self.right)
+        self.words.bitwise_and_(self.two)
+        torch.bitwise_left_shift(self.third_rows, self.shifts, out=self.tops)
+        self.words.bitwise_or_(self.tops.bitwise_and_(self.top))

@@ -1,0 +1,62 @@
+"""Temporaries of unpacking on the CPU: bounded, whatever the size of the tensor."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lib_qswap.quant.formats import FORMATS
+from lib_qswap.quant.unpack import unpack
+
+UNPACKED = [row for row in FORMATS.values() if row.unpack is not None]
+LIMIT_BYTES = 64 << 20
+
+
+def peak_bytes(work) -> int:
+    """The most that torch's CPU allocator holds during `work`, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    held = peak = 0
+    for _, nbytes in sorted(changes, key=lambda change: change[0]):
+        held += nbytes
+        peak = max(peak, held)
+    return peak
+
+
+def test_the_measurement_sees_what_is_held_at_once():
+    def work():
+        kept = torch.empty(3 << 20, dtype=torch.uint8)
+        for _ in range(3):
+            kept + 1
+
+    assert peak_bytes(work) == pytest.approx(6 << 20, rel=1e-4)
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "like Forge"])
+def test_temporaries_stay_below_64_mb_for_the_largest_chunks(arithmetic, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    for format in UNPACKED:
+        # Eight chunks of the K types, two of the others; in fp32 they would be 64 and 32 MB.
+        elements = 1 << (24 if format.name.endswith("_K") else 23)
+        packed = torch.zeros(format.packed_bytes(elements), dtype=torch.uint8)
+        out = torch.empty(elements, dtype=torch.float16)
+        used = peak_bytes(partial(unpack, format, packed, out, arithmetic=arithmetic))
+        assert used < LIMIT_BYTES, f"{format.name}: {used >> 20} MB"
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q5_0", "IQ2_S"])
+def test_temporaries_do_not_grow_with_the_tensor(name, monkeypatch):
+    format = FORMATS[name]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+    def used(elements: int) -> int:
+        packed = torch.zeros(format.packed_bytes(elements), dtype=torch.uint8)
+        out = torch.empty(elements, dtype=torch.float16)
+        return peak_bytes(partial(unpack, format, packed, out))
+
+    assert 0 < used(16 << 20) <= used(8 << 20) * 1.01
