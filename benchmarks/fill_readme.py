@@ -98,12 +98,14 @@ PEERS = ("gguf-py", "diffusers", "ComfyUI-GGUF")
 
 
 def dequant_cpu() -> list[str]:
-    figures = result("dequant_cpu")["dequant"]
+    measured = result("dequant_cpu")
+    figures = measured["dequant"]
     rows = {(row["type"], row["threads"]): row["fastest_s"] for row in figures["rows"]}
     shape = " x ".join(map(str, figures["shape"]))
     lines = [
-        f"Unpacking a weight of {shape} to fp16 on a CPU, in ms, one thread and two; in brackets how many",
-        "times QSwap's time each takes. gguf-py and ggml's C write fp32, gguf-py in one thread.",
+        f"Unpacking a weight of {shape} to fp16 on a CPU ({measured['cpu']}), in ms, one thread / two;",
+        "in brackets how many times QSwap's time each takes. gguf-py and ggml's C write fp32, gguf-py in one",
+        "thread.",
         "",
         f"| | QSwap | a copy of the result | {' | '.join(PEERS)} | ggml C |",
         "|---" * (len(PEERS) + 4) + "|",
@@ -125,8 +127,8 @@ def dequant_cpu() -> list[str]:
     ]
     lines += [
         "",
-        f"The {len(others)} other types that gguf-py unpacks take it {min(others):.0f} to",
-        f"{max(others):.0f} times QSwap's time in one thread.",
+        f"The {len(others)} other types that gguf-py unpacks take it {min(others):.1f} to {max(others):.1f}",
+        "times QSwap's time in one thread.",
     ]
     return lines
 
