@@ -114,15 +114,7 @@ def test_a_flattened_convolution_stays_packed_and_computes_in_its_own_shape(forg
 
 
 def patcher_of(forge, network: torch.nn.Module, dtype: torch.dtype):
-    model = torch.nn.Module()
-    model.diffusion_model = network
-    model.computation_dtype = dtype
-    patcher = forge.base.ModelPatcher(model, CPU, CPU)
-    patcher.model_patches_to = lambda where: None
-    patcher.model_dtype = lambda: dtype
-    patcher.forge_patch_model = lambda device: model
-    patcher.forge_unpatch_model = lambda: None
-    return patcher
+    return forge.patcher_of(network, dtype, CPU)
 
 
 def test_a_packed_convolution_computes_after_qswap_is_switched_off(forge, load):

@@ -115,15 +115,7 @@ def small_gpu(sim, virtual_time):
 
 
 def patcher_of(forge):
-    model = torch.nn.Module()
-    model.diffusion_model = Network(forge.operations)
-    model.computation_dtype = torch.float32
-    patcher = forge.base.ModelPatcher(model, torch.device(GPU, 0), torch.device("cpu"))
-    patcher.model_patches_to = lambda where: None
-    patcher.model_dtype = lambda: torch.float32
-    patcher.forge_patch_model = lambda device: model
-    patcher.forge_unpatch_model = lambda: None
-    return patcher
+    return forge.patcher_of(Network(forge.operations), torch.float32, torch.device(GPU, 0))
 
 
 def sample(forge, patcher, image_mb, reserve_mb, steps=4):

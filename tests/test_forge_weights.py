@@ -46,15 +46,7 @@ class Network(torch.nn.Module):
 
 
 def patcher_of(forge, layers, dtype: torch.dtype):
-    model = torch.nn.Module()
-    model.diffusion_model = Network(layers)
-    model.computation_dtype = dtype
-    patcher = forge.base.ModelPatcher(model, CPU, CPU)
-    patcher.model_patches_to = lambda where: None
-    patcher.model_dtype = lambda: dtype
-    patcher.forge_patch_model = lambda device: model
-    patcher.forge_unpatch_model = lambda: None
-    return patcher
+    return forge.patcher_of(Network(layers), dtype, CPU)
 
 
 def bnb_parameter(forge, weight, *, bnb_quantized=True):

@@ -177,6 +177,15 @@ def _gguf_py(weight: Weight) -> Run | None:
     return lambda: gguf.quants.dequantize(packed, kind)
 
 
+def _served_kind(weight: Weight, module: ModuleType) -> Any:
+    """gguf-py's name for the type of `weight`, None where `module`, diffusers' or ComfyUI's, has no function
+    for it."""
+    import gguf
+
+    kind = getattr(gguf.GGMLQuantizationType, weight.format.name, None)
+    return kind if kind in module.dequantize_functions else None
+
+
 class _Diffusers:
     """What its GGUF linear layer does before its product."""
 
@@ -184,10 +193,8 @@ class _Diffusers:
         self.module = module
 
     def __call__(self, weight: Weight) -> Run | None:
-        import gguf
-
-        kind = getattr(gguf.GGMLQuantizationType, weight.format.name, None)
-        if kind not in self.module.dequantize_functions:
+        kind = _served_kind(weight, self.module)
+        if kind is None:
             return None
         parameter = self.module.GGUFParameter(weight.packed, quant_type=kind)
         return lambda: self.module.dequantize_gguf_tensor(parameter).to(weight.out.dtype)
@@ -200,10 +207,8 @@ class _ComfyUI:
         self.module = module
 
     def __call__(self, weight: Weight) -> Run | None:
-        import gguf
-
-        kind = getattr(gguf.GGMLQuantizationType, weight.format.name, None)
-        if kind not in self.module.dequantize_functions:
+        kind = _served_kind(weight, self.module)
+        if kind is None:
             return None
         dtype = weight.out.dtype
         return lambda: self.module.dequantize(weight.packed, kind, WEIGHT_SHAPE).to(dtype)

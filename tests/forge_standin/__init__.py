@@ -67,6 +67,20 @@ class WebUI:
             sys.modules[part.__name__] = part
             setattr(package, name, part)
 
+    def patcher_of(self, network: Any, dtype: Any, device: Any) -> Any:
+        """A patcher of a model whose diffusion model is `network`, computed in `dtype` on `device`."""
+        import torch
+
+        model = torch.nn.Module()
+        model.diffusion_model = network
+        model.computation_dtype = dtype
+        patcher = self.base.ModelPatcher(model, device, torch.device("cpu"))
+        patcher.model_patches_to = lambda where: None
+        patcher.model_dtype = lambda: dtype
+        patcher.forge_patch_model = lambda device: model
+        patcher.forge_unpatch_model = lambda: None
+        return patcher
+
     def load_scripts(self) -> None:
         """What Forge does at its start, and again on Reload UI."""
         self.scripts.load_scripts([str(SCRIPT)])
