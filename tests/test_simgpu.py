@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -841,6 +842,51 @@ def test_modules_equal_the_cpu(sim, mode):
                 assert g.device.type == "simgpu"
                 torch.testing.assert_close(g.cpu(), w)
             torch.simgpu.current_stream().synchronize()
+
+
+@pytest.mark.parametrize("side_stream", [False, True])
+def test_elementwise_operators_on_several_dtypes_equal_the_cpu(sim, side_stream):
+    rows, columns = 5000, 32
+    numbers = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
+    scale, offset = torch.randn(rows, 1), torch.randn(columns)
+    half = torch.randn(rows, columns).half()
+
+    def results(numbers, scale, offset, half):
+        planes = numbers.new_empty((rows, 2, columns), dtype=torch.bfloat16)
+        torch.addcmul(offset, numbers, scale, value=2, out=planes[:, 0])
+        torch.mul(numbers, scale, out=planes[:, 1])
+        return (
+            planes,
+            numbers * scale,
+            half - offset,
+            torch.sub(half, scale, alpha=3),
+            torch.addcmul(half, numbers, scale),
+            half.clone().mul_(scale),
+            half.clone().addcmul_(numbers, scale),
+            numbers * torch.tensor(0.5),
+            half.t() + numbers.t(),
+        )
+
+    inputs = (numbers, scale, offset, half)
+    wanted = results(*inputs)
+    with torch.simgpu.stream(torch.simgpu.Stream() if side_stream else None):
+        got = results(*(tensor.to(DEV) for tensor in inputs))
+        torch.simgpu.current_stream().synchronize()
+    for ours, cpu in zip(got, wanted, strict=True):
+        assert ours.dtype == cpu.dtype
+        assert ours.stride() == cpu.stride()
+        assert torch.equal(ours.cpu(), cpu)
+
+
+def test_results_of_elementwise_operators_on_several_dtypes_are_resized(sim):
+    numbers = torch.ones(5000, 32, dtype=torch.int8, device=DEV)
+    scale = torch.rand(5000, 1, device=DEV)
+    for size in (0, 3):
+        out = torch.empty(size, device=DEV)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch advises against it
+            torch.mul(numbers, scale, out=out)
+        assert torch.equal(out, numbers * scale)
 
 
 def test_views_dtypes_and_random_numbers_work_in_inference_mode():

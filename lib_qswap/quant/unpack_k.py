@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .words import as_numbers, as_words, every_byte, half_scale, product
+from .words import as_numbers, as_words, constant, every_byte, half_scale, product, scaled_sum
 
 
 def _group_scales(small: Tensor, blocks: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
@@ -17,45 +17,42 @@ def _group_scales(small: Tensor, blocks: Tensor, offset: int, dtype: torch.dtype
     return (small * half_scale(blocks, offset, dtype)).to(dtype).float()
 
 
-def _six_bit_scales(blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Q4_K's and Q5_K's scales and minima, fp32 (n, 8) each: d * sc and dmin * m.
+def _six_bit_scales(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Q4_K's and Q5_K's scales and minima, fp32 (2, n, 8): d * sc and dmin * m.
 
     fp16 d, fp16 dmin, then 12 bytes for eight 6-bit sc and m each: the first four sc, the first four m, four
     bytes with the low nibbles of the other sc and m, whose two high bits are the top bits of the first eight
     bytes.
     """
     n = blocks.shape[0]
-    sc, m, rest = blocks.view(torch.int32)[:, 1:4].unbind(1)
-    six = torch.stack(
-        (
-            sc & 0x3F3F3F3F,
-            (sc >> 2).bitwise_and_(0x30303030).bitwise_or_(rest & 0x0F0F0F0F),
-            m & 0x3F3F3F3F,
-            (m >> 2).bitwise_and_(0x30303030).bitwise_or_((rest >> 4).bitwise_and_(0x0F0F0F0F)),
-        ),
-        1,
-    )
-    scales, minima = six.view(torch.uint8).view(n, 2, 8).float().unbind(1)
-    return _group_scales(scales, blocks, 0, dtype), _group_scales(minima, blocks, 2, dtype)
+    words = blocks.view(torch.int32)
+    first, rest = words[:, 1:3].t(), words[:, 3]
+    six = torch.empty((2, n, 2), dtype=torch.int32, device=blocks.device)
+    torch.bitwise_and(first, 0x3F3F3F3F, out=six[:, :, 0])
+    low = (rest >> constant(blocks.device, torch.int32, 0, 4)[:, None]).bitwise_and_(0x0F0F0F0F)
+    torch.bitwise_or((first >> 2).bitwise_and_(0x30303030), low, out=six[:, :, 1])
+    halves = blocks.view(torch.float16)[:, :2].t().to(dtype).float()
+    return (six.view(torch.uint8) * halves[:, :, None]).to(dtype).float()
 
 
 def unpack_q4_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = torch.float32) -> None:
     """16 bytes of scales, 4 x 32 bytes with a low and a high plane; d * sc * q - dmin * m."""
     n = blocks.shape[0]
-    scales, minima = (group.view(4 * n, 2, 1) for group in _six_bit_scales(blocks, computation_dtype))
+    units = constant(blocks.device, torch.float32, 1, 1 / 16, -1, -1).view(2, 1, 2)
+    scales = _six_bit_scales(blocks, computation_dtype).view(2, 4 * n, 2).mul_(units)
+    scales, minima = scales.unsqueeze(3).unbind(0)
     words = blocks.view(torch.int64)[:, 2:]
     planes = out.view(4 * n, 2, 32)
-    for half, (mask, unit) in enumerate(((0x0F, 1.0), (0xF0, 1 / 16))):
+    for half, mask in enumerate((0x0F, 0xF0)):
         q = as_numbers(words & every_byte(mask), 4 * n, 32)
-        scaled = product(q, scales[:, half] * unit, computation_dtype)
-        torch.sub(scaled, minima[:, half], out=planes[:, half])
+        scaled_sum(q, scales[:, half], minima[:, half], computation_dtype, planes[:, half])
 
 
 def unpack_q5_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = torch.float32) -> None:
     """As Q4_K, with 32 bytes of fifth bits before the nibbles: bit j of byte i for element 32 * j + i."""
     n = blocks.shape[0]
-    scales, minima = _six_bit_scales(blocks, computation_dtype)
-    scales, minima = scales.mul_(1 / 8).t().unsqueeze(2), minima.t().unsqueeze(2)
+    units = constant(blocks.device, torch.float32, 1 / 8, -1)[:, None, None]
+    scales, minima = _six_bit_scales(blocks, computation_dtype).mul_(units).permute(0, 2, 1).unsqueeze(3)
     words = blocks.view(torch.int64)
     fifth = words[:, 2:6].contiguous()
     planes = out.view(n, 8, 32)
@@ -64,7 +61,7 @@ def unpack_q5_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = to
         for plane, four in ((2 * pair, nibbles << 3), (2 * pair + 1, nibbles >> 1)):
             top = (fifth << (7 - plane)).bitwise_and_(every_byte(0x80))
             q = as_numbers(four.bitwise_and_(every_byte(0x78)).bitwise_or_(top), n, 32)
-            torch.sub(product(q, scales[plane], computation_dtype), minima[plane], out=planes[:, plane])
+            scaled_sum(q, scales[plane], minima[plane], computation_dtype, planes[:, plane])
 
 
 def _by_plane(groups: Tensor) -> Tensor:

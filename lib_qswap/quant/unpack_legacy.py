@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .words import as_numbers, as_words, constant, every_byte, half_scale, product
+from .words import as_numbers, as_words, constant, every_byte, half_scale, scaled_sum
 
 
 def unpack_q4_0(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = torch.float32) -> None:
@@ -38,8 +38,7 @@ def unpack_q4_1(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = to
     words = as_words(blocks)
     for half, (mask, unit) in enumerate(((0x0F, 1.0), (0xF0, 1 / 16))):
         q = as_numbers(words & every_byte(mask), n, 20)[:, 4:]
-        scaled = product(q, scale * unit, computation_dtype)
-        torch.add(scaled, minimum, out=out[:, 16 * half : 16 * half + 16])
+        scaled_sum(q, scale * unit, minimum, computation_dtype, out[:, 16 * half : 16 * half + 16])
 
 
 @lru_cache(maxsize=16)
@@ -79,8 +78,7 @@ def unpack_q5_1(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = to
     minimum = half_scale(blocks, 2, computation_dtype)
     q = as_numbers(_five_bits(blocks, 4, 8), 2, n, 16)
     for half in range(2):
-        scaled = product(q[half], scale, computation_dtype)
-        torch.add(scaled, minimum, out=out[:, 16 * half : 16 * half + 16])
+        scaled_sum(q[half], scale, minimum, computation_dtype, out[:, 16 * half : 16 * half + 16])
 
 
 def unpack_q8_0(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = torch.float32) -> None:

@@ -45,6 +45,17 @@ def product(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(numbers, scale, out=torch.empty_like(numbers, dtype=dtype))
 
 
+def scaled_sum(numbers: Tensor, scale: Tensor, offset: Tensor, dtype: torch.dtype, out: Tensor) -> None:
+    """`numbers` of `as_numbers` times an fp32 scale, rounded to `dtype`, plus an fp32 offset, into `out`.
+
+    In fp32 the product has to be exact: it may be fused with the sum. May overwrite `numbers`.
+    """
+    if dtype == torch.float32 and not numbers.is_floating_point():
+        torch.addcmul(offset, numbers, scale, out=out)
+    else:
+        torch.add(product(numbers, scale, dtype), offset, out=out)
+
+
 def half_scale(blocks: Tensor, offset: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The fp16 number at an even byte offset of every block, rounded to `dtype`, as a new fp32 (n, 1)."""
     return blocks.view(torch.float16)[:, offset // 2 : offset // 2 + 1].to(dtype).float()
@@ -57,6 +68,6 @@ def bit_fields(data: Tensor, width: int, step: int, count: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def constant(device: torch.device, dtype: torch.dtype, *values: int) -> Tensor:
+def constant(device: torch.device, dtype: torch.dtype, *values: float) -> Tensor:
     """A small constant, copied to its device once: copying it again would make the host wait."""
     return torch.tensor(values, dtype=dtype, device=device)

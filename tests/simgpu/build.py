@@ -18,7 +18,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 EXTENSION = "simgpu_ext"
-FLAGS = ["-O2", "-Wno-deprecated-declarations"]
+FLAGS = ["-O2", "-fopenmp", "-Wno-deprecated-declarations"]
 
 
 def compiler() -> str | None:

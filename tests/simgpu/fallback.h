@@ -1,27 +1,8 @@
 // Every other operator: the CPU kernels, run on aliases of device memory.
 #pragma once
-#include "compute.h"
+#include "elementwise.h"
 
 // ---- every other operator
-template <class F>
-static IValue map_tensors(const IValue& v, F&& f) {
-  if (v.isTensor()) {
-    const Tensor& t = v.toTensor();
-    return t.defined() ? IValue(f(t)) : v;
-  }
-  if (v.isTensorList()) {
-    c10::List<Tensor> o;
-    for (const Tensor& t : v.toTensorVector()) o.push_back(t.defined() ? f(t) : t);
-    return IValue(std::move(o));
-  }
-  if (v.isOptionalTensorList()) {
-    c10::List<std::optional<Tensor>> o;
-    for (std::optional<Tensor> t : v.toOptionalTensorVector())
-      o.push_back(t && t->defined() ? std::optional<Tensor>(f(*t)) : t);
-    return IValue(std::move(o));
-  }
-  return v;
-}
 static bool is_write(const c10::Argument& a) { return a.alias_info() && a.alias_info()->isWrite(); }
 // The arguments for the CPU kernel: aliases of device tensors, CPU in place of the device, the CPU generator
 // inside the device's one. copy_cpu: CPU tensors are cloned, so that a worker can own them (the originals may
@@ -47,7 +28,7 @@ static torch::jit::Stack cpu_args(const c10::FunctionSchema& sc, c10::ArrayRef<I
   return out;
 }
 static void call_cpu(const c10::OperatorHandle& op, torch::jit::Stack* st) {
-  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), st);
+  if (!run_in_pieces(op, st)) run_kernel(op, st);
 }
 
 static const std::unordered_set<std::string> MIXED = {"aten::index.Tensor", "aten::_index_put_impl_",

@@ -11,7 +11,7 @@
 //   configured bandwidth. (transfers.h)
 // * Compute is done by the CPU kernels on aliases of the device memory: no copies in, one copy out.
 //   On an asynchronous stream compute is enqueued too: the shapes of the results come from the meta
-//   kernels. (compute.h, fallback.h)
+//   kernels. (compute.h, elementwise.h, fallback.h)
 // * Because synchronous compute is never "late", some real ordering bugs could not corrupt data here.
 //   So every access to device memory is also checked with vector clocks as if all streams were
 //   asynchronous: accesses that nothing orders are counted as races. (touch() in streams.h)
