@@ -253,7 +253,7 @@ def test_a_model_dropped_while_its_layers_are_being_fetched_ahead_leaves_no_haza
     for _ in range(3):
         model = sm.build()
         attachment = attach(model, device=GPU, location="shared", budget_bytes=0, **F32)
-        attachment.begin_run(9)
+        attachment.run.begin(9)
         sm.run(model, GPU)  # what is fetched for the second step is on its way now
         del model, attachment
         gc.collect()

@@ -36,7 +36,7 @@ def test_a_snapshot_is_json_and_has_what_the_page_needs(sim):
     with attached(
         model, device=GPU, location="shared", budget_bytes=budget, name="Mine", **F32
     ) as attachment:
-        attachment.begin_run(5)
+        attachment.run.begin(5)
         for _ in range(3):
             sm.run(model, GPU)
         attachment.state.streamer.timeline.collect()
@@ -105,7 +105,7 @@ def test_states_follow_what_the_device_has_done_and_not_what_was_asked(sim):
         torch.inference_mode(),
     ):
         assert set(states().values()) == {"swapped"}
-        attachment.begin_run(1)
+        attachment.run.begin(1)
         x = torch.ones(2, 256).to(GPU)
         model(x)  # only enqueued
         until = time.perf_counter() + 10

@@ -90,13 +90,13 @@ def test_a_work_that_comes_back_is_not_measured_again(halves, monkeypatch):
     steps(model, 2, 6)
     assert resident(attachment) != first
     profiled = []
-    begin = attachment._profile.begin
+    begin = attachment.adaptation.profile.begin
 
     def noted(work, layers):
         profiled.append(begin(work, layers))
         return profiled[-1]
 
-    monkeypatch.setattr(attachment._profile, "begin", noted)
+    monkeypatch.setattr(attachment.adaptation.profile, "begin", noted)
     steps(model, 1, 3)
     assert profiled == [False] * 3
     assert resident(attachment) == first
@@ -105,13 +105,13 @@ def test_a_work_that_comes_back_is_not_measured_again(halves, monkeypatch):
 @pytest.mark.simgpu
 def test_residents_are_not_moved_for_a_run_that_is_nearly_over(halves):
     model, attachment = halves
-    attachment.begin_run(6)
+    attachment.run.begin(6)
     steps(model, 1, 6)
     before = resident(attachment)
-    attachment.begin_run(3)
+    attachment.run.begin(3)
     steps(model, 2, 3)
     assert resident(attachment) == before
-    attachment.begin_run(20)
+    attachment.run.begin(20)
     steps(model, 2, 2)
     assert resident(attachment) != before
     assert not messages()

@@ -129,10 +129,10 @@ def test_a_known_run_fetches_each_layer_once_a_step_and_nothing_after_the_last(s
     model = Steps()
     with swapped(model, rings=4) as attachment:
         before = fetched_bytes(attachment)
-        attachment.begin_run(5)
+        attachment.run.begin(5)
         for _ in range(5):
             call(model)
-        attachment.end_run()
+        attachment.run.end()
         assert fetched_bytes(attachment) - before == 5 * attachment.payload_bytes
         assert attachment.state.streamer.misses == 0
 
@@ -148,7 +148,7 @@ def test_an_encoder_that_runs_once_is_fetched_once(sim, compute_mode):
 def test_the_end_of_a_step_fetches_the_start_of_the_next(sim):
     model = Steps()
     with swapped(model, rings=3) as attachment:
-        attachment.begin_run(3)
+        attachment.run.begin(3)
         call(model)
         sim.synchronize()
         states = attachment.state.streamer.states()
@@ -218,7 +218,7 @@ def test_what_is_fetched_ahead_for_a_model_that_is_dropped_is_dropped_with_it(si
     for location in ("shared", "cpu"):
         model = Steps()
         attachment = attach(model, device=GPU, location=location, budget_bytes=0, **F32)
-        attachment.begin_run(9)
+        attachment.run.begin(9)
         call(model)
         assert attachment.state.streamer._ahead
         del model

@@ -58,7 +58,7 @@ def note_progress(engine: Any, step: int, of: int) -> None:
     """Sampling step number `step` (from 1) of `of` begins: nothing is fetched for a step after the last."""
     attachment = _attachments.get(engine.forge_objects.unet.model)
     if attachment is not None:
-        attachment.progress(step, of)
+        attachment.run.progress(step, of)
 
 
 def _patchers(engine: Any) -> Iterable[Any]:
@@ -242,7 +242,7 @@ def load(loaded: Any, budget_bytes: int | None, spare_bytes: int = 0) -> torch.n
         set_manual_cast(attachment, managed=True)
         attachment.rebalance(budget_bytes, spare_bytes=spare_bytes)
         if not hasattr(patcher.model, "diffusion_model"):
-            attachment.begin_run(1)  # Encoders run once: nothing is fetched for a second time.
+            attachment.run.begin(1)  # Encoders run once: nothing is fetched for a second time.
     except BaseException:
         if attachment is not None:
             attachment.unload()

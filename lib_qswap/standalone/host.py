@@ -168,7 +168,7 @@ class StandaloneHost:
                 peaks.append(_weight_bytes())
                 on_step(done)
 
-            attachment.begin_run(settings.steps)
+            attachment.run.begin(settings.steps)
             try:
                 denoised = denoise(
                     self._model,
@@ -181,7 +181,7 @@ class StandaloneHost:
                     on_step=after_step,
                 )
             finally:
-                attachment.end_run()
+                attachment.run.end()
             picture = ledger.model_snapshot(attachment)
             stall = sum(step.stall_s for step in times)
             return denoised, Summary(

@@ -150,7 +150,7 @@ def _microseconds(seconds: float | None) -> float | None:
 def _step_snapshot(model: Attachment, swapped_bytes: int) -> dict[str, Any]:
     roots = {id(reference()) for reference in model.roots}
     finished = [step for step in list(model.state.streamer.timeline.finished) if step.root in roots]
-    step: dict[str, Any] = {"index": model.step_index, "of": model.steps}
+    step: dict[str, Any] = {"index": model.run.index, "of": model.run.steps}
     if finished:
         last = finished[-1]
         compute = last.seconds - last.stall_s

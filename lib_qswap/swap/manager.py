@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,9 +13,9 @@ import torch
 
 from lib_qswap.quant.unpack import Arithmetic
 from lib_qswap.swap import ledger, planner, profile
+from lib_qswap.swap.adaptation import Adaptation
 from lib_qswap.swap.device import ALIGNMENT_BYTES, Device, device_of
 from lib_qswap.swap.device_state import state_of
-from lib_qswap.swap.execute import Forward, GatheredForward
 from lib_qswap.swap.home import (
     LOCATIONS,
     Location,
@@ -28,21 +27,14 @@ from lib_qswap.swap.home import (
 )
 from lib_qswap.swap.inventory import Inventory
 from lib_qswap.swap.layer import Layer
+from lib_qswap.swap.module_hooks import ModuleHooks
 from lib_qswap.swap.planner import Plan
-from lib_qswap.swap.profile import Profile, Work, work_of
-from lib_qswap.swap.retry import RetryingForward
+from lib_qswap.swap.profile import Work
+from lib_qswap.swap.run import Run
 from lib_qswap.swap.streamer import Lease, ResidentLease
 
 ASSUMED_LINK_BYTES_PER_S = 12e9
 """What a plan is made from until the first copies are measured: PCIe 3 x16."""
-
-RELIEF_BYTES = 256 << 20
-"""The least that residents give back where the computation ran out of memory."""
-
-NEED_MARGIN = 10
-NEED_MARGIN_BYTES = (512 if sys.platform == "win32" else 64) << 20
-"""Left free beside what a step was seen to need: a tenth of it, and this. Windows moves memory of programs to
-RAM, silently, before the card is full."""
 
 
 class Attachment:
@@ -52,6 +44,7 @@ class Attachment:
         device: where it computes.
         location: the user's choice of home.
         layers: those that can be swapped, in the order of execution as far as it is known.
+        run: which step of how many the model is at.
         plan: the last one; None while nothing is on the device.
         budget_bytes: device bytes for weights that are in force; None: not decided yet, or no longer right.
         spare_bytes: what may be given on top of the budget that was asked for.
@@ -85,74 +78,22 @@ class Attachment:
         self.compute_dtype = compute_dtype
         self.plan: Plan | None = None
         self.budget_bytes: int | None = None
-        self.steps: int | None = None
-        self.step_index = 0
-        self._host_counts = False
+        self.run = Run()
         self._ring_bytes = ring_bytes
         self._pin_budget_bytes = pin_budget_bytes
         self.spare_bytes = 0
         self.grown_bytes = 0
-        self._profile = Profile(device)
-        self._postponed = False
-        self._hooks: list[Any] = []
-        self._retrying: list[RetryingForward] = []
-        self._forwards: list[tuple[weakref.ref[torch.nn.Module], Any]] = []
+        self.adaptation = Adaptation(self)
         self.inventory = Inventory(module, can_swap, borrows)
         self.layers = self.inventory.layers
         self.gathered = self.inventory.gathered
         self.roots = [weakref.ref(root) for root in (roots if roots is not None else [module])]
         self._root_keys = [id(reference()) for reference in self.roots]
-        self._hook_roots()
+        self.modules = ModuleHooks(self)
         ledger.register(self)
         # The attachment holds its modules weakly, and lives as long as its model does.
         self._finalizer = weakref.finalize(module, _module_gone, self)
         self._finalizer.atexit = False
-
-    # ------------------------------------------------------------------------------------- what the model has
-    def _hook_roots(self) -> None:
-        reference = weakref.ref(self)
-
-        def before(root: torch.nn.Module, args: Any, kwargs: Any) -> None:
-            attachment = reference()
-            if attachment is not None:
-                attachment.begin_step(root, work_of(id(root), args, kwargs))
-
-        def after(root: torch.nn.Module, _args: Any, _output: Any) -> None:
-            attachment = reference()
-            if attachment is not None:
-                attachment.state.streamer.end_step(id(root))
-
-        def relieve(root: torch.nn.Module) -> bool:
-            attachment = reference()
-            return attachment is not None and attachment.relieve(root)
-
-        for reference_to_root in self.roots:
-            root = reference_to_root()
-            if root is not None:
-                self._hooks.append(root.register_forward_pre_hook(before, with_kwargs=True))
-                self._hooks.append(root.register_forward_hook(after))
-                self._retrying.append(RetryingForward(root, relieve))
-                self._retrying[-1].put_in_place()
-
-    def replace_forwards(self) -> None:
-        """Lets every swapped module compute from its lease; for models whose host has no forwards of its own
-        for that."""
-        for layer in self.layers:
-            module = layer.module()
-            if module is not None:
-                original = module.__dict__.get("forward")
-                call = _ignoring_module(original) if original is not None else type(module).forward
-                streamer, scratch = self.state.streamer, self.state.scratch
-                module.__dict__["forward"] = Forward(
-                    layer, call, streamer, scratch, self.arithmetic, self.compute_dtype
-                )
-                self._forwards.append((weakref.ref(module), original))
-        for reference in self.gathered:
-            embedding = reference()
-            if embedding is not None:
-                self._forwards.append((weakref.ref(embedding), embedding.__dict__.get("forward")))
-                dtype = self.compute_dtype or embedding.weight.dtype
-                embedding.__dict__["forward"] = GatheredForward(embedding, dtype)
 
     # ------------------------------------------------------------------------------------------------ numbers
     @property
@@ -245,10 +186,11 @@ class Attachment:
             budget_bytes = usable * 7 // 8
             spare_bytes = usable - budget_bytes
         self.spare_bytes, self.grown_bytes = spare_bytes, 0
-        self._profile.reconsider()
-        self._fit_into(budget_bytes)
+        self.adaptation.profile.reconsider()
+        self.fit_into(budget_bytes)
 
-    def _fit_into(self, budget_bytes: int) -> None:
+    def fit_into(self, budget_bytes: int) -> None:
+        """`rebalance` to a budget that steps have shown to be better; what they have shown stays known."""
         while True:
             try:
                 with self.state.changing():
@@ -258,7 +200,7 @@ class Attachment:
                 had = budget_bytes
                 self.unload()
                 self.device.empty_cache()
-                floor = self._floor_bytes()
+                floor = self.floor_bytes
                 if had <= floor:
                     raise
                 budget_bytes = max(floor, had * 4 // 5)
@@ -269,13 +211,15 @@ class Attachment:
                     "warning",
                 )
 
-    def _floor_bytes(self) -> int:
+    @property
+    def floor_bytes(self) -> int:
+        """The least budget that it runs with."""
         largest = max((layer.payload_bytes for layer in self.layers), default=0)
         return self.fixed_bytes + self.scratch_bytes + largest
 
     def _balance(self, budget_bytes: int) -> None:
         plan = self.make_plan(budget_bytes)
-        floor = self._floor_bytes()
+        floor = self.floor_bytes
         if budget_bytes < floor:
             ledger.message(
                 f"{self.name}: {budget_bytes / 2**20:.0f} MB of device memory are too few; "
@@ -396,7 +340,7 @@ class Attachment:
 
     def rest(self) -> None:
         """This model does not run for a while: what its layers pass through is given back, residents stay."""
-        self._profile.close()
+        self.adaptation.profile.close()
         if self in self.state.active:
             with self.state.changing():
                 self.state.active.discard(self)
@@ -436,7 +380,7 @@ class Attachment:
 
     def unload(self) -> None:
         """Drops every device copy. Nothing is moved: the masters have been there all the time."""
-        self._profile.close()
+        self.adaptation.profile.close()
         with self.state.changing():
             self.state.streamer.quiesce()
             self.state.streamer.evict([layer for layer in self.layers if layer.resident is not None])
@@ -459,159 +403,22 @@ class Attachment:
         that came from a file in the file again, so that RAM and page-locks are given back. Idempotent."""
         self.release()
         self._bind_masters(leave_arenas(self.layers))
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        for reference, original in self._forwards:
-            module = reference()
-            if module is not None:
-                if original is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.__dict__["forward"] = original
-        self._forwards.clear()
-        for forward in self._retrying:
-            forward.remove()
-        self._retrying.clear()
+        self.modules.remove()
         self._finalizer.detach()
 
     # -------------------------------------------------------------------------------------------------- steps
-    def begin_run(self, steps: int | None) -> None:
-        """A run of `steps` forwards begins (None: not known how many): nothing is fetched for a forward after
-        the last."""
-        self.steps, self.step_index, self._host_counts = steps, 0, False
-
-    def progress(self, step: int, of: int) -> None:
-        """The host counts the steps itself: number `step` (from 1) of `of` begins, one forward or more."""
-        self.step_index, self.steps, self._host_counts = step, of, True
-
-    def end_run(self) -> None:
-        """The run is over, whether or not all of its forwards came."""
-        self.steps, self.step_index, self._host_counts = None, 0, False
-
     def begin_step(self, root: torch.nn.Module, work: Work | None = None) -> None:
         """The forward of `root` (the module, or a part of it that runs by itself) begins; `work`: what it is
         asked for."""
         work = work or Work(id(root), ())
-        if self._postponed and self.step_index <= 1:  # Of another run, which may be longer.
-            self._profile.reconsider()
-            self._postponed = False
-        measured = self._profile.begin(work, self.layers)
-        if measured:
-            self._shrink_to(0)  # What this work needs is not known.
-        elif not self._profile.is_in_use(work):
-            self._replan(work)
-        self._yield_to_others(work)
-        if not self._host_counts:
-            # More forwards than were announced: the same run again.
-            self.step_index = 1 if self.step_index == self.steps else self.step_index + 1
-        wrap = None if self.steps is None else self.step_index < self.steps
+        measured = self.adaptation.before_step(work)
+        self.run.count_forward()
         self.state.sweep()
-        self.state.streamer.begin_step(id(root), wrap=wrap, measured=work if measured else None)
-
-    def relieve(self, root: torch.nn.Module) -> bool:
-        """The device ran out of memory in the forward of `root`: half of the residents are given back, then
-        all of them, then those of other models. Returns whether there was anything to give, so that the
-        forward can be done again."""
-        self._profile.forget(id(root))
-        others = [one for one in ledger.attachments() if one.device is self.device and one is not self]
-        resident, floor = self.resident_bytes, self._floor_bytes()
-        if self.budget_bytes is not None and resident and self.budget_bytes > floor:
-            few = resident <= RELIEF_BYTES
-            freed = resident if few else max(resident // 2, RELIEF_BYTES)
-            budget_bytes = max(floor, min(self.budget_bytes, self.whole_bytes) - freed)
-            ledger.message(
-                f"{self.name}: the computation ran out of device memory and is done again with "
-                f"{freed / 2**20:.0f} MB less of resident weights."
-            )
-            self.spare_bytes = self.grown_bytes = 0
-            self._fit_into(budget_bytes)
-        elif freed := sum(one.resident_bytes for one in others):
-            for one in others:
-                one.give_up(one.resident_bytes)
-            ledger.message(
-                f"{self.name}: the computation ran out of device memory and is done again without the "
-                f"{freed / 2**20:.0f} MB of resident weights of other models."
-            )
-        else:
-            return False
-        self.device.empty_cache()
-        wrap = None if self.steps is None else self.step_index < self.steps
-        self.state.streamer.begin_step(id(root), wrap=wrap)
-        return True
-
-    def _shrink_to(self, grown_bytes: int) -> None:
-        """Takes back what was given on top of the budget, down to `grown_bytes`."""
-        if self.budget_bytes is not None and self.grown_bytes > grown_bytes:
-            budget_bytes = self.budget_bytes - self.grown_bytes + grown_bytes
-            self.grown_bytes = grown_bytes
-            self._fit_into(budget_bytes)
-
-    def _room_bytes(self, work: Work) -> int | None:
-        """Free device bytes that a step of `work` does not need; negative where it lacks some; None: its need
-        is not known."""
-        need = self._profile.need_bytes(work)
-        if need is None:
-            return None
-        free, _ = self.device.memory_bytes()
-        return free - need - need // NEED_MARGIN - NEED_MARGIN_BYTES
-
-    def _yield_to_others(self, work: Work) -> None:
-        """Gives residents back where another program, or something else in this one, took the memory that
-        this step needs."""
-        if self.budget_bytes is None or not self.resident_bytes:
-            return
-        room = self._room_bytes(work)
-        if room is None or room >= -NEED_MARGIN_BYTES:
-            return
-        floor = self._floor_bytes()
-        budget_bytes = max(floor, self.budget_bytes + room)
-        if budget_bytes >= self.budget_bytes:
-            return
-        ledger.message(
-            f"{self.name}: device memory is short, and residents are given back for the computation: "
-            f"{budget_bytes / 2**20:.0f} MB of weights are left on it."
-        )
-        self.grown_bytes = max(0, self.grown_bytes + budget_bytes - self.budget_bytes)
-        self._fit_into(budget_bytes)
-        self.device.empty_cache()
-
-    def _replan(self, work: Work) -> None:
-        """Another plan from what was measured for `work`, where it pays."""
-        self.state.streamer.timeline.collect()
-        if self.plan is None or self.budget_bytes is None:
-            return
-        layers = self._profile.use(work, self.layers)
-        if layers is None:
-            return  # The device has not come to their end yet: at the next step.
-        self.layers = layers  # A new list: the page may be walking along the old one.
-        grown_bytes = self._growth_for(work)
-        budget_bytes = self.budget_bytes - self.grown_bytes + grown_bytes
-        plan = self.make_plan(budget_bytes)
-        gain = profile.gain(plan, self.plan, layers, self.link_bytes_per_s())
-        if gain is None:
-            return
-        if gain.pays_within(None if self.steps is None else self.steps - self.step_index):
-            self.grown_bytes = grown_bytes
-            self._fit_into(budget_bytes)
-        else:
-            self._postponed = True
-
-    def _growth_for(self, work: Work) -> int:
-        """How much of what was left beside the budget steps of `work` do not need."""
-        room = self._room_bytes(work)
-        if room is None or self.asked_bytes is None:
-            return 0
-        lacking = self.whole_bytes - self.asked_bytes
-        return max(0, min(self.spare_bytes, room + self.grown_bytes, lacking))
+        self.state.streamer.begin_step(id(root), wrap=self.run.goes_on, measured=work if measured else None)
 
     def acquire(self, layer: Layer) -> Lease | ResidentLease:
         """The weights of `layer` on the device; see `Streamer.acquire`."""
         return self.state.streamer.acquire(layer)
-
-
-def _ignoring_module(function: Any) -> Any:
-    return lambda _module, *args, **kwargs: function(*args, **kwargs)
 
 
 def _module_gone(attachment: Attachment) -> None:
@@ -675,7 +482,7 @@ def attach(
         can_swap=is_weighted,
         roots=None,
     )
-    attachment.replace_forwards()
+    attachment.modules.replace_forwards(attachment)
     try:
         attachment.rebalance(budget_bytes)
     except BaseException:

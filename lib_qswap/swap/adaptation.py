@@ -1,0 +1,156 @@
+"""A model's plan and residents follow what its steps take: measured times, and memory beside the weights."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+
+from lib_qswap.swap import ledger, profile
+from lib_qswap.swap.profile import Profile, Work
+
+if TYPE_CHECKING:
+    from lib_qswap.swap.manager import Attachment
+
+RELIEF_BYTES = 256 << 20
+"""The least that residents give back where the computation ran out of memory."""
+
+NEED_MARGIN = 10
+NEED_MARGIN_BYTES = (512 if sys.platform == "win32" else 64) << 20
+"""Left free beside what a step was seen to need: a tenth of it, and this. Windows moves memory of programs to
+RAM, silently, before the card is full."""
+
+
+class Adaptation:
+    """What the steps of one attachment have shown, and what follows from it.
+
+    Attributes:
+        profile: what was measured.
+    """
+
+    def __init__(self, model: Attachment) -> None:
+        self._reference = weakref.ref(model)
+        self.profile = Profile(model.device)
+        self._postponed = False
+
+    @property
+    def _model(self) -> Attachment:
+        model = self._reference()
+        if model is None:
+            raise ReferenceError("the model is gone")
+        return model
+
+    def before_step(self, work: Work) -> bool:
+        """A forward begins, of this `work`. Returns whether it is measured."""
+        model = self._model
+        if self._postponed and model.run.index <= 1:  # Of another run, which may be longer.
+            self.profile.reconsider()
+            self._postponed = False
+        measured = self.profile.begin(work, model.layers)
+        if measured:
+            self._take_back()  # What this work needs is not known.
+        elif not self.profile.is_in_use(work):
+            self._replan(work)
+        self._yield_to_others(work)
+        return measured
+
+    def relieve(self, root: torch.nn.Module) -> bool:
+        """The device ran out of memory in the forward of `root`: half of the residents are given back, then
+        all of them, then those of other models. Returns whether there was anything to give, so that the
+        forward can be done again."""
+        model = self._model
+        self.profile.forget(id(root))
+        others = [one for one in ledger.attachments() if one.device is model.device and one is not model]
+        resident, floor = model.resident_bytes, model.floor_bytes
+        if model.budget_bytes is not None and resident and model.budget_bytes > floor:
+            few = resident <= RELIEF_BYTES
+            freed = resident if few else max(resident // 2, RELIEF_BYTES)
+            budget_bytes = max(floor, min(model.budget_bytes, model.whole_bytes) - freed)
+            ledger.message(
+                f"{model.name}: the computation ran out of device memory and is done again with "
+                f"{freed / 2**20:.0f} MB less of resident weights."
+            )
+            model.spare_bytes = model.grown_bytes = 0
+            model.fit_into(budget_bytes)
+        elif freed := sum(one.resident_bytes for one in others):
+            for one in others:
+                one.give_up(one.resident_bytes)
+            ledger.message(
+                f"{model.name}: the computation ran out of device memory and is done again without the "
+                f"{freed / 2**20:.0f} MB of resident weights of other models."
+            )
+        else:
+            return False
+        model.device.empty_cache()
+        model.state.streamer.begin_step(id(root), wrap=model.run.goes_on)
+        return True
+
+    def _take_back(self) -> None:
+        """What was given on top of the budget."""
+        model = self._model
+        if model.budget_bytes is not None and model.grown_bytes > 0:
+            budget_bytes = model.budget_bytes - model.grown_bytes
+            model.grown_bytes = 0
+            model.fit_into(budget_bytes)
+
+    def _room_bytes(self, work: Work) -> int | None:
+        """Free device bytes that a step of `work` does not need; negative where it lacks some; None: its need
+        is not known."""
+        need = self.profile.need_bytes(work)
+        if need is None:
+            return None
+        free, _ = self._model.device.memory_bytes()
+        return free - need - need // NEED_MARGIN - NEED_MARGIN_BYTES
+
+    def _yield_to_others(self, work: Work) -> None:
+        """Gives residents back where another program, or something else in this one, took the memory that
+        this step needs."""
+        model = self._model
+        if model.budget_bytes is None or not model.resident_bytes:
+            return
+        room = self._room_bytes(work)
+        if room is None or room >= -NEED_MARGIN_BYTES:
+            return
+        floor = model.floor_bytes
+        budget_bytes = max(floor, model.budget_bytes + room)
+        if budget_bytes >= model.budget_bytes:
+            return
+        ledger.message(
+            f"{model.name}: device memory is short, and residents are given back for the computation: "
+            f"{budget_bytes / 2**20:.0f} MB of weights are left on it."
+        )
+        model.grown_bytes = max(0, model.grown_bytes + budget_bytes - model.budget_bytes)
+        model.fit_into(budget_bytes)
+        model.device.empty_cache()
+
+    def _replan(self, work: Work) -> None:
+        """Another plan from what was measured for `work`, where it pays."""
+        model = self._model
+        model.state.streamer.timeline.collect()
+        if model.plan is None or model.budget_bytes is None:
+            return
+        layers = self.profile.use(work, model.layers)
+        if layers is None:
+            return  # The device has not come to their end yet: at the next step.
+        model.layers = layers  # A new list: the page may be walking along the old one.
+        grown_bytes = self._growth_for(work)
+        budget_bytes = model.budget_bytes - model.grown_bytes + grown_bytes
+        plan = model.make_plan(budget_bytes)
+        gain = profile.gain(plan, model.plan, layers, model.link_bytes_per_s())
+        if gain is None:
+            return
+        if gain.pays_within(model.run.steps_left):
+            model.grown_bytes = grown_bytes
+            model.fit_into(budget_bytes)
+        else:
+            self._postponed = True
+
+    def _growth_for(self, work: Work) -> int:
+        """How much of what was left beside the budget steps of `work` do not need."""
+        model, room = self._model, self._room_bytes(work)
+        if room is None or model.asked_bytes is None:
+            return 0
+        lacking = model.whole_bytes - model.asked_bytes
+        return max(0, min(model.spare_bytes, room + model.grown_bytes, lacking))

@@ -1,0 +1,46 @@
+"""Which step of how many a run is at."""
+
+from __future__ import annotations
+
+
+class Run:
+    """The steps of one generation, counted by forwards unless the host counts them itself.
+
+    Attributes:
+        steps: of the run; None: not known.
+        index: of the step that began last, from 1; 0 before the first one.
+    """
+
+    def __init__(self) -> None:
+        self.steps: int | None = None
+        self.index = 0
+        self._host_counts = False
+
+    def begin(self, steps: int | None) -> None:
+        """A run of `steps` forwards begins (None: not known how many): nothing is fetched for a forward after
+        the last."""
+        self.steps, self.index, self._host_counts = steps, 0, False
+
+    def progress(self, step: int, of: int) -> None:
+        """The host counts the steps itself: number `step` (from 1) of `of` begins, one forward or more."""
+        self.steps, self.index, self._host_counts = of, step, True
+
+    def end(self) -> None:
+        """The run is over, whether or not all of its forwards came."""
+        self.steps, self.index, self._host_counts = None, 0, False
+
+    def count_forward(self) -> None:
+        """A forward begins."""
+        if not self._host_counts:
+            # More forwards than were announced: the same run again.
+            self.index = 1 if self.index == self.steps else self.index + 1
+
+    @property
+    def goes_on(self) -> bool | None:
+        """Whether another step follows this one; None: not known."""
+        return None if self.steps is None else self.index < self.steps
+
+    @property
+    def steps_left(self) -> int | None:
+        """After this one; None: not known."""
+        return None if self.steps is None else self.steps - self.index
