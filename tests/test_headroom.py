@@ -129,6 +129,15 @@ def test_memory_that_another_program_takes_is_given_back_by_residents(sim, hungr
         del taken
 
 
+def test_residents_stay_where_something_else_once_took_more_than_a_step_needs(sim, hungry, expected):
+    other_program(500 * MB)  # and gives it back at once; the device's peak remembers it
+    with attached(hungry, device=GPU, location="shared", budget_bytes=300 * MB) as attachment:
+        for _ in range(4):
+            assert torch.equal(run(hungry, 20), expected)
+        assert attachment.resident_bytes == COUNT * LAYER_BYTES
+        assert not messages()
+
+
 def test_a_forward_that_runs_out_of_memory_is_done_again_with_fewer_residents(
     sim, hungry, expected, compute_mode
 ):

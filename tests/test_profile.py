@@ -90,15 +90,11 @@ def test_a_work_that_comes_back_is_not_measured_again(halves, monkeypatch):
     steps(model, 2, 6)
     assert resident(attachment) != first
     profiled = []
-    begin = attachment.adaptation.profile.begin
-
-    def noted(work, layers):
-        profiled.append(begin(work, layers))
-        return profiled[-1]
-
-    monkeypatch.setattr(attachment.adaptation.profile, "begin", noted)
+    monkeypatch.setattr(attachment.adaptation.profile, "begin", lambda *work: profiled.append(work))
     steps(model, 1, 3)
-    assert profiled == [False] * 3
+    assert not profiled
+    steps(model, 3, 1)
+    assert profiled
     assert resident(attachment) == first
 
 
@@ -132,6 +128,7 @@ def test_the_works_that_are_remembered_are_limited():
     for rows in range(10 * KEPT_WORKS):
         work = work_of("root", (torch.zeros(rows),), {})
         layer.times.by_work[work] = 1.0, 0
-        assert profile.begin(work, [layer])
+        assert not profile.has_measured(work)
+        profile.begin(work, [layer])
     assert len(profile._begun) == KEPT_WORKS
     assert len(layer.times.by_work) == KEPT_WORKS

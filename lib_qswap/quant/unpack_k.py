@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .words import as_numbers, as_words, constant, every_byte, half_scale, product, scaled_sum
+from .words import as_numbers, as_words, every_byte, half_scale, product, scaled_sum
 
 
 def _group_scales(small: Tensor, blocks: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
@@ -18,7 +18,7 @@ def _group_scales(small: Tensor, blocks: Tensor, offset: int, dtype: torch.dtype
 
 
 def _six_bit_scales(blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """Q4_K's and Q5_K's scales and minima, fp32 (2, n, 8): d * sc and dmin * m.
+    """Q4_K's and Q5_K's scales and negative minima, fp32 (2, n, 8): d * sc and -dmin * m.
 
     fp16 d, fp16 dmin, then 12 bytes for eight 6-bit sc and m each: the first four sc, the first four m, four
     bytes with the low nibbles of the other sc and m, whose two high bits are the top bits of the first eight
@@ -29,18 +29,19 @@ def _six_bit_scales(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     first, rest = words[:, 1:3].t(), words[:, 3]
     six = torch.empty((2, n, 2), dtype=torch.int32, device=blocks.device)
     torch.bitwise_and(first, 0x3F3F3F3F, out=six[:, :, 0])
-    low = (rest >> constant(blocks.device, torch.int32, 0, 4)[:, None]).bitwise_and_(0x0F0F0F0F)
-    torch.bitwise_or((first >> 2).bitwise_and_(0x30303030), low, out=six[:, :, 1])
+    torch.bitwise_right_shift(first, 2, out=six[:, :, 1]).bitwise_and_(0x30303030)
+    six[0, :, 1].bitwise_or_(rest & 0x0F0F0F0F)
+    six[1, :, 1].bitwise_or_((rest >> 4).bitwise_and_(0x0F0F0F0F))
     halves = blocks.view(torch.float16)[:, :2].t().to(dtype).float()
+    halves[1].neg_()
     return (six.view(torch.uint8) * halves[:, :, None]).to(dtype).float()
 
 
 def unpack_q4_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = torch.float32) -> None:
     """16 bytes of scales, 4 x 32 bytes with a low and a high plane; d * sc * q - dmin * m."""
     n = blocks.shape[0]
-    units = constant(blocks.device, torch.float32, 1, 1 / 16, -1, -1).view(2, 1, 2)
-    scales = _six_bit_scales(blocks, computation_dtype).view(2, 4 * n, 2).mul_(units)
-    scales, minima = scales.unsqueeze(3).unbind(0)
+    scales, minima = _six_bit_scales(blocks, computation_dtype).view(2, 4 * n, 2, 1).unbind(0)
+    scales[:, 1].mul_(1 / 16)
     words = blocks.view(torch.int64)[:, 2:]
     planes = out.view(4 * n, 2, 32)
     for half, mask in enumerate((0x0F, 0xF0)):
@@ -51,8 +52,8 @@ def unpack_q4_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = to
 def unpack_q5_k(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = torch.float32) -> None:
     """As Q4_K, with 32 bytes of fifth bits before the nibbles: bit j of byte i for element 32 * j + i."""
     n = blocks.shape[0]
-    units = constant(blocks.device, torch.float32, 1 / 8, -1)[:, None, None]
-    scales, minima = _six_bit_scales(blocks, computation_dtype).mul_(units).permute(0, 2, 1).unsqueeze(3)
+    scales, minima = _six_bit_scales(blocks, computation_dtype).permute(0, 2, 1).unsqueeze(3)
+    scales.mul_(1 / 8)
     words = blocks.view(torch.int64)
     fifth = words[:, 2:6].contiguous()
     planes = out.view(n, 8, 32)

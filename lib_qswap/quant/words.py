@@ -68,6 +68,6 @@ def bit_fields(data: Tensor, width: int, step: int, count: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def constant(device: torch.device, dtype: torch.dtype, *values: float) -> Tensor:
+def constant(device: torch.device, dtype: torch.dtype, *values: int) -> Tensor:
     """A small constant, copied to its device once: copying it again would make the host wait."""
     return torch.tensor(values, dtype=dtype, device=device)

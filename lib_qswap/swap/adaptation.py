@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lib_qswap.swap import ledger, profile
-from lib_qswap.swap.profile import Profile, Work
+from lib_qswap.swap.profile import Need, Profile, Work
 
 if TYPE_CHECKING:
     from lib_qswap.swap.manager import Attachment
@@ -48,9 +48,11 @@ class Adaptation:
         if self._postponed and model.run.index <= 1:  # Of another run, which may be longer.
             self.profile.reconsider()
             self._postponed = False
-        measured = self.profile.begin(work, model.layers)
+        self.profile.close()
+        measured = not self.profile.has_measured(work)
         if measured:
             self._take_back()  # What this work needs is not known.
+            self.profile.begin(work, model.layers)
         elif not self.profile.is_in_use(work):
             self._replan(work)
         self._yield_to_others(work)
@@ -95,14 +97,10 @@ class Adaptation:
             model.grown_bytes = 0
             model.fit_into(budget_bytes)
 
-    def _room_bytes(self, work: Work) -> int | None:
-        """Free device bytes that a step of `work` does not need; negative where it lacks some; None: its need
-        is not known."""
-        need = self.profile.need_bytes(work)
-        if need is None:
-            return None
+    def _room_bytes(self, need: Need) -> int:
+        """Free device bytes beside what a step needs; negative where it lacks some."""
         free, _ = self._model.device.memory_bytes()
-        return free - need - need // NEED_MARGIN - NEED_MARGIN_BYTES
+        return free - need.nbytes - need.nbytes // NEED_MARGIN - NEED_MARGIN_BYTES
 
     def _yield_to_others(self, work: Work) -> None:
         """Gives residents back where another program, or something else in this one, took the memory that
@@ -110,8 +108,11 @@ class Adaptation:
         model = self._model
         if model.budget_bytes is None or not model.resident_bytes:
             return
-        room = self._room_bytes(work)
-        if room is None or room >= -NEED_MARGIN_BYTES:
+        need = self.profile.need(work)
+        if need is None or not need.is_exact:
+            return
+        room = self._room_bytes(need)
+        if room >= -NEED_MARGIN_BYTES:
             return
         floor = model.floor_bytes
         budget_bytes = max(floor, model.budget_bytes + room)
@@ -149,8 +150,8 @@ class Adaptation:
 
     def _growth_for(self, work: Work) -> int:
         """How much of what was left beside the budget steps of `work` do not need."""
-        model, room = self._model, self._room_bytes(work)
-        if room is None or model.asked_bytes is None:
+        model, need = self._model, self.profile.need(work)
+        if need is None or model.asked_bytes is None:
             return 0
         lacking = model.whole_bytes - model.asked_bytes
-        return max(0, min(model.spare_bytes, room + model.grown_bytes, lacking))
+        return max(0, min(model.spare_bytes, self._room_bytes(need) + model.grown_bytes, lacking))

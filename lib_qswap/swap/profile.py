@@ -44,42 +44,54 @@ def work_of(root: Hashable, args: Iterable[Any], kwargs: Mapping[str, Any]) -> W
     return Work(root, tuple(tensor.shape for tensor in tensors))
 
 
+class Need(NamedTuple):
+    """Device memory; not `is_exact`: no more than that."""
+
+    nbytes: int
+    is_exact: bool
+
+
 class Profile:
     """The measured times of one model's layers, and the memory that its steps need, by work."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._begun: dict[Work, int] = {}
-        self._needs: dict[Work, int] = {}
+        self._needs: dict[Work, Need] = {}
         self._in_use: dict[Hashable, Work] = {}
-        self._open: tuple[Work, int] | None = None
+        self._open: tuple[Work, int, int] | None = None
 
-    def begin(self, work: Work, layers: Sequence[Layer]) -> bool:
-        """A forward begins. Returns whether it is to be measured."""
+    def has_measured(self, work: Work) -> bool:
+        """Whether another forward of it has no need to be."""
+        return self._begun.get(work, 0) == MEASURED_STEPS
+
+    def begin(self, work: Work, layers: Sequence[Layer]) -> None:
+        """A forward begins that is to be measured."""
         self.close()
-        begun = self._begun.get(work, 0)
-        if begun == MEASURED_STEPS:
-            return False
         if work not in self._begun and len(self._begun) == KEPT_WORKS:
             oldest = next(iter(self._begun))
             del self._begun[oldest]
             self._needs.pop(oldest, None)
             for layer in layers:
                 layer.times.by_work.pop(oldest, None)
-        self._begun[work] = begun + 1
+        self._begun[work] = self._begun.get(work, 0) + 1
         allocated_bytes = self._device.allocated_bytes()
         if allocated_bytes is not None:
-            self._open = work, allocated_bytes
-        return True
+            self._open = work, allocated_bytes, self._device.peak_allocated_bytes()
 
     def close(self) -> None:
         """A measured step, with what its host does between steps, is over: its memory is what the peak rose
-        to. Where something else had taken more before, that is an upper bound."""
+        to. Where something else had taken more before, that is a bound."""
         if self._open is not None:
-            work, had = self._open
+            work, had, peak_before = self._open
             self._open = None
-            need = self._device.peak_allocated_bytes() - had
-            self._needs[work] = max(need, self._needs.get(work, 0))
+            peak = self._device.peak_allocated_bytes()
+            need = Need(peak - had, peak > peak_before)
+            known = self._needs.get(work)
+            if known is None or known.is_exact < need.is_exact:
+                self._needs[work] = need
+            elif known.is_exact == need.is_exact:
+                self._needs[work] = max(known, need)
 
     def forget(self, root: Hashable) -> None:
         """The forward of `root` was broken off: what is known of it is measured again."""
@@ -89,10 +101,10 @@ class Profile:
             self._needs.pop(work, None)
         self._in_use.pop(root, None)
 
-    def need_bytes(self, work: Work) -> int | None:
-        """Device bytes that a step of `work` takes beside what was there before it; None: not measured
+    def need(self, work: Work) -> Need | None:
+        """What a step of `work` takes on the device beside what was there before it; None: not measured
         yet."""
-        return self._needs.get(work) if self._begun.get(work) == MEASURED_STEPS else None
+        return self._needs.get(work) if self.has_measured(work) else None
 
     def is_in_use(self, work: Work) -> bool:
         """Whether the layers' `compute_s` are those of `work`."""
