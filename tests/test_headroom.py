@@ -151,6 +151,18 @@ def test_a_forward_that_runs_out_of_memory_is_done_again_with_fewer_residents(
         assert attachment.state.streamer.idle()
 
 
+def test_what_was_given_back_too_much_is_taken_again_once_the_step_was_measured(sim, hungry, expected):
+    with attached(hungry, device=GPU, location="shared", budget_bytes=300 * MB) as attachment:
+        assert torch.equal(run(hungry, 300), expected)
+        given_back = attachment.resident_bytes
+        assert given_back < COUNT * LAYER_BYTES
+        for _ in range(4):
+            assert torch.equal(run(hungry, 300), expected)
+        assert given_back < attachment.resident_bytes < COUNT * LAYER_BYTES
+        assert attachment.budget_bytes <= 300 * MB
+        assert sum("ran out" in text for text in messages()) == 1
+
+
 def test_other_models_residents_go_where_a_model_has_none_left(sim, hungry, expected):
     other = Hungry()
     with (

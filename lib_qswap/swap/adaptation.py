@@ -74,7 +74,9 @@ class Adaptation:
                 f"{model.name}: the computation ran out of device memory and is done again with "
                 f"{freed / 2**20:.0f} MB less of resident weights."
             )
-            model.spare_bytes = model.grown_bytes = 0
+            # Measured, the step may turn out to leave some of it.
+            model.spare_bytes += model.budget_bytes - model.grown_bytes - budget_bytes
+            model.grown_bytes = 0
             model.fit_into(budget_bytes)
         elif freed := sum(one.resident_bytes for one in others):
             for one in others:
