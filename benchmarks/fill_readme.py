@@ -35,18 +35,19 @@ def forge_side_by_side() -> list[str]:
             else "The images differ."
         ),
         "",
-        "| way | step | first image | device peak | page-locked |",
-        "|---|---|---|---|---|",
+        "| way | step | first image | after a new prompt | device peak | page-locked |",
+        "|---|---|---|---|---|---|",
     ]
     headings = {
         "whole": "**the model fits whole**",
         "swapped": f"**device of {conditions['total_mb']} MB, link of {conditions['link_mb_s']:.0f} MB/s**",
     }
     for part, heading in headings.items():
-        lines.append(f"| {heading} | | | | |")
+        lines.append(f"| {heading} | | | | | |")
         for row in figures[part]:
             lines.append(
                 f"| {row['way']} | {row['step_s']:.2f} s | {row['first_image_s']:.1f} s | "
+                f"{row['second_image_s']:.1f} s | "
                 f"{gigabytes(row['device_peak_bytes'])} | {gigabytes(row['page_locked_bytes'])} |"
             )
     return lines
