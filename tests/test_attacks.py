@@ -54,16 +54,17 @@ def test_a_hostile_file_is_refused_in_one_line_that_names_the_fault(attack, path
     assert err == f"qswap: {' '.join(message.split())}\n"
 
 
-# Three tries, and all of it again: what is measured is the reader, not a machine that does other things.
+# The thread's own time, three tries, and all of it again: what is measured is the reader, not a machine that
+# does other things.
 @pytest.mark.flaky(reruns=3, reruns_delay=1)
 @hostile
 def test_a_hostile_file_costs_a_tenth_of_a_second_at_most(attack, path):
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.thread_time()
         with pytest.raises(GGUFError):
             open_gguf(path)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.thread_time() - start)
     assert min(seconds) < LIMIT_S
 
 

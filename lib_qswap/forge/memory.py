@@ -276,8 +276,8 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
     except Exception as error:
         # Whatever it is: Forge's own way may still make the image. It raises again what is not QSwap's fault.
         ledger.message(
-            f"{attachment.name}: {type(error).__name__}: {error}. Forge moves the layers of this model "
-            "itself until it is loaded again.",
+            f"{attachment.name}: {type(error).__name__}: {str(error).rstrip('.')}. Forge moves the layers of "
+            "this model itself until it is loaded again.",
             "warning",
         )
         managed.refuse(patcher.model)
