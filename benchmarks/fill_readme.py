@@ -97,11 +97,11 @@ def step_times() -> list[str]:
     )
     lines = [
         f"Steps of the demo model (Flux at full depth, {environment['quant']}) beside other programs that",
-        "swap, on the simulated accelerator in virtual time: layers keep it busy for set times, in proportion",
-        "to Flux's at 1024 x 1024; copies take what the link's bandwidth says; host time and reading from RAM",
-        f"or SSD cost nothing. {peers} get the same packed weights. In brackets: how",
-        "many times the least that is possible, max(compute, swapped bytes / bandwidth). A budget holds",
-        "residents and the transfer buffer.",
+        "swap, on the simulated accelerator in virtual time: layers keep it busy for set times, in",
+        "proportion to Flux's at 1024 x 1024; copies take what the link's bandwidth says; host time and",
+        f"reading from RAM or SSD cost nothing. {peers} get the same packed",
+        "weights. In brackets: how many times the least that is possible, max(compute, swapped bytes /",
+        "bandwidth). A budget holds residents and the transfer buffer.",
         "",
         *(f"- {name}: {what}." for name, what in STEP_CASES.items()),
         "",

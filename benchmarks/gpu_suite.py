@@ -214,10 +214,10 @@ def measure_product(
 
 
 def step_times(device: torch.device, small: bool, path: Path) -> None:
-    """Steps of a model of Flux's sizes, with all of the memory and with less; a program of its own."""
+    """Steps of a model of Flux's sizes, with all of the memory and with less, by a program of its own."""
     options = ["--hidden", "256", "--sides", "16", "--shares", "25", "--steps", "1"]
     if not small:
-        options = ["--hidden", "3072", "--limit-gb", ",6,8,12"]
+        options = ["--hidden", "3072", "--sides", "1024", "--limit-gb", "6,8,12"]
     command = [sys.executable, str(ROOT / "benchmarks" / "step_times.py"), "--device", str(device)]
     subprocess.run([*command, *options, "--json", str(path)], check=True)
 

@@ -88,11 +88,19 @@ class Rig:
         return getattr(torch, self.device.device.type)
 
     def peak_device_bytes(self) -> int | None:
-        return None if self.device.is_host else self.module.max_memory_allocated()
+        """With what was freed while the device still had to use it: who lets the host run ahead fills the
+        memory with it."""
+        if not self._has_statistics:
+            return None
+        return self.module.memory_stats()["active_bytes.all.peak"]
 
     def reset_peak(self) -> None:
-        if not self.device.is_host:
+        if self._has_statistics:
             self.module.reset_peak_memory_stats()
+
+    @property
+    def _has_statistics(self) -> bool:
+        return not self.device.is_host and hasattr(self.module, "memory_stats")
 
     def clean_up(self) -> None:
         """Gives back what the last measurement left in caches."""

@@ -18,7 +18,8 @@ that the link decides. Layers keep the device busy for set times (step_models.py
 waits: host time and reading from a home cost nothing, and the numbers are the same on any machine; with
 `--clock real` both count, and the machine should have nothing else to do. Copies from pageable memory, and to
 it, have half of the link's bandwidth. On a GPU cases are image sizes.
-`--limit-gb` caps the device's memory, to stand for a smaller card; what does not fit is reported as such.
+`--limit-gb` lets QSwap run again with the device's memory capped, to stand for a smaller card: with as much
+of the model on it as fits beside the computation.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ STEPS, QUICK_STEPS = 6, 3
 RING_LAYERS = 4
 """Of the largest size, with a budget of 0 %."""
 
+MARGIN = 0.05
+"""Of a capped memory, for what the allocator loses."""
+
 WARM_UP_STEPS = 5
 """The first forward traces, two are measured for the plan, which is made again in one of the next."""
 
@@ -71,7 +75,8 @@ class Runner:
 
     def all_resident(self) -> Row:
         """The model as a whole on the device: what compute takes."""
-        return self._peer("all resident", lambda model, device: model.to(device) and None)
+        row = self._peer("all resident", lambda model, device: model.to(device) and None)
+        return row | {"swapped_bytes_per_step": 0}
 
     def peer(self, name: str, peer: Peer, compute_s: float) -> Row:
         row = self._peer(name, peer)
@@ -80,11 +85,11 @@ class Runner:
     def _peer(self, name: str, peer: Peer) -> Row:
         before = self._baseline()
         model, kept = self.rig.peer_model()
-        swapped_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        row: Row = {"system": name}
+        model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        row: Row = {"system": name, "model_bytes": model_bytes}
         try:
             peer(model, self.rig.device.device)
-            row |= self._times(model, before) | {"swapped_bytes_per_step": swapped_bytes}
+            row |= self._times(model, before) | {"swapped_bytes_per_step": model_bytes}
         except torch.cuda.OutOfMemoryError:
             row["out_of_memory"] = True
         del model, kept
@@ -168,28 +173,37 @@ def budget_bytes(attachment: Attachment, share: float) -> int:
     return beside + math.ceil(share * attachment.payload_bytes)
 
 
-def measure(rig: Rig, steps: int, shares: tuple[float, ...], limit_bytes: int | None) -> list[Row]:
-    """All systems in all cases."""
-    peers = find_peers(rig.device.device)
+def measure(rig: Rig, steps: int, shares: tuple[float, ...], limits: list[int]) -> list[Row]:
+    """All systems in all cases, and QSwap again with each of the `limits` to the device's memory (bytes)."""
     results = []
     for name, value in rig.cases.items():
         runner = Runner(rig, steps)
-        rig.limit_memory(None)
         with rig.case(value, None):
             whole = runner.all_resident()
-        rig.limit_memory(limit_bytes)
         compute_s = whole["step_s"]
         with rig.case(value, compute_s):
+            shown: Row = {"case": name, "compute_s": compute_s, "link_bytes_per_s": rig.link_bytes_per_s()}
             rows = [whole]
             for location in LOCATIONS:
                 rows += runner.qswap(location, shares, compute_s)
-            for peer_name, peer in peers.items():
+            for peer_name, peer in find_peers(rig.device.device).items():
                 rows.append(runner.peer(peer_name, peer, compute_s))
-            result: Row = {"case": name, "limit_bytes": limit_bytes, "compute_s": compute_s}
-            result |= {"link_bytes_per_s": rig.link_bytes_per_s(), "rows": rows}
-        results.append(result)
-        show(result)
+            results.append({**shown, "limit_bytes": None, "rows": rows})
+            show(results[-1])
+            for limit in limits:
+                rig.limit_memory(limit)
+                fitting = fitting_share(whole, limit)
+                rows = [row for place in LOCATIONS for row in runner.qswap(place, (fitting,), compute_s)]
+                results.append({**shown, "limit_bytes": limit, "rows": rows})
+                show(results[-1])
+            rig.limit_memory(None)
     return results
+
+
+def fitting_share(whole: Row, limit_bytes: int) -> float:
+    """Of the model, for a budget that leaves a step the memory that it takes beside the weights."""
+    beside = whole["peak_device_bytes"] - whole["model_bytes"]
+    return min(1.0, max(0.0, (limit_bytes * (1 - MARGIN) - beside) / whole["model_bytes"]))
 
 
 def show(result: Row) -> None:
@@ -228,7 +242,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, help="width of the model; Flux's is 3072")
     parser.add_argument("--clock", choices=("virtual", "real"), default="virtual", help="simulated device")
     parser.add_argument("--sides", default="512,1024", help="of images in pixels; devices that compute")
-    parser.add_argument("--limit-gb", default="", help="caps of the device's memory, with commas")
+    parser.add_argument("--limit-gb", default="", help="QSwap again with device memory capped, with commas")
     parser.add_argument("--shares", help="budgets in percent of the model, with commas")
     parser.add_argument("--steps", type=int, help="that are timed, after those that warm up")
     parser.add_argument("--quick", action="store_true", help="a narrow model and fewer budgets")
@@ -255,9 +269,8 @@ def main() -> None:
         "model_bytes": file.stat().st_size,
     }
     steps = arguments.steps or (QUICK_STEPS if arguments.quick else STEPS)
-    cases = []
-    for limit in arguments.limit_gb.split(","):
-        cases += measure(rig, steps, shares, int(float(limit) * 1e9) if limit else None)
+    limits = [int(float(limit) * 1e9) for limit in arguments.limit_gb.split(",") if limit]
+    cases = measure(rig, steps, shares, limits)
     result: Row = {"environment": environment, "cases": cases}
     if isinstance(rig, SimulatedRig):
         result["hazards"] = rig.hazards()

