@@ -103,7 +103,7 @@ def flux_operations(pixels: int = 1024) -> dict[str, float]:
 
 
 class BusyLinear(nn.Linear):
-    """Keeps the device busy for `seconds`, then adds the last bytes of its weight to its input, int64
+    """Keeps the device busy for `seconds`, then adds the last bytes of its weight to its input, uint8
     (READ_BYTES,)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, seconds: float, busy: Callable[[float], None]):

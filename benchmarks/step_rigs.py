@@ -254,7 +254,7 @@ class SimulatedRig(Rig):
         return attachment
 
     def inputs(self, model: nn.Module) -> tuple[torch.Tensor, ...]:
-        return (torch.zeros(step_models.READ_BYTES, dtype=torch.int64, device="simgpu"),)
+        return (torch.zeros(step_models.READ_BYTES, dtype=torch.uint8, device="simgpu"),)
 
     @contextlib.contextmanager
     def case(self, value: float, compute_s: float | None) -> Any:
