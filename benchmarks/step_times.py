@@ -196,7 +196,8 @@ def measure(rig: Rig, steps: int, shares: tuple[float, ...], limits: list[int]) 
                 rows = [row for place in LOCATIONS for row in runner.qswap(place, (fitting,), compute_s)]
                 results.append({**shown, "limit_bytes": limit, "rows": rows})
                 show(results[-1])
-            rig.limit_memory(None)
+            if limits:
+                rig.limit_memory(None)
     return results
 
 
