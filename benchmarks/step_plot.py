@@ -48,31 +48,33 @@ def curves(case: dict[str, Any]) -> dict[str, Points]:
     return {"bound": sorted(bounds.items()), **found}
 
 
-def nice_step(top: float) -> float:
-    """Between two lines of a grid of about four up to `top`."""
-    raw = top / 4
-    power = 10.0 ** math.floor(math.log10(raw))
-    return next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw)
+def ticks(low: float, high: float) -> list[float]:
+    """Seconds to draw a line at, on a logarithmic scale."""
+    octaves = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
+    wanted = [factor * 2.0**octave for octave in octaves for factor in (1, 1.5)]
+    if len(wanted) > 10:
+        wanted = wanted[::2]
+    return [seconds for seconds in wanted if low <= seconds <= high]
 
 
 def panel(case: dict[str, Any], left: float) -> list[str]:
     lines = curves(case)
-    step = nice_step(max(seconds for points in lines.values() for _, seconds in points))
-    count = int(max(seconds for points in lines.values() for _, seconds in points) / step) + 1
+    taken = [seconds for points in lines.values() for _, seconds in points]
+    low, high = min(taken) / 1.15, max(taken) * 1.15
     bottom = TOP + PANEL_HEIGHT
 
     def at(share: float, seconds: float) -> str:
-        return f"{left + share * PANEL_WIDTH:.1f},{bottom - seconds / (count * step) * PANEL_HEIGHT:.1f}"
+        height = PANEL_HEIGHT * math.log(seconds / low) / math.log(high / low)
+        return f"{left + share * PANEL_WIDTH:.1f},{bottom - height:.1f}"
 
-    limit = "" if case["limit_bytes"] is None else f", {case['limit_bytes'] / 1e9:.0f} GB"
-    title = f"{case['case']}{limit}: {case['link_bytes_per_s'] / 1e9:.2g} GB/s"
+    title = f"{case['case']}: link of {case['link_bytes_per_s'] / 1e9:.2g} GB/s"
     parts = [f'<text x="{left}" y="{TOP - 12}" font-weight="bold">{html.escape(title)}</text>']
-    for i in range(count + 1):
-        x, y = at(0, i * step).split(",")
+    for seconds in ticks(low, high):
+        x, y = at(0, seconds).split(",")
         parts.append(f'<path d="M{x} {y}h{PANEL_WIDTH}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{i * step:g} s</text>')
+        parts.append(f'<text x="{left - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{seconds:.3g} s</text>')
     for share in (0, 0.25, 0.5, 0.75, 1):
-        x = at(share, 0).split(",")[0]
+        x = at(share, low).split(",")[0]
         parts.append(f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{share:.0%}</text>')
     for name, points in lines.items():
         path = " ".join(at(*point) for point in points)
@@ -95,8 +97,8 @@ def stroke(name: str) -> str:
 
 
 def draw(result: dict[str, Any]) -> str:
-    """The whole picture as SVG."""
-    cases = result["cases"]
+    """The whole picture as SVG; without what was measured with memory capped."""
+    cases = [case for case in result["cases"] if case["limit_bytes"] is None]
     width = LEFT + len(cases) * (PANEL_WIDTH + GAP)
     names = list(dict.fromkeys(name for case in cases for name in curves(case)))
     legend_top = TOP + PANEL_HEIGHT + 40
