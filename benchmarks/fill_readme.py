@@ -101,14 +101,14 @@ def step_times() -> list[str]:
         "proportion to Flux's at 1024 x 1024; copies take what the link's bandwidth says; host time and",
         f"reading from RAM or SSD cost nothing. {peers} get the same packed",
         "weights. In brackets: how many times the least that is possible, max(compute, swapped bytes /",
-        "bandwidth). A budget holds residents and the transfer buffer.",
+        "bandwidth). A budget holds residents and the transfer buffer; RAM includes what is page-locked.",
         "",
         *(f"- {name}: {what}." for name, what in STEP_CASES.items()),
         "",
         "![step time over the budget](benchmarks/results/step_times.svg)",
         "",
-        f"| | budget | {' | '.join(cases)} | device peak | page-locked |",
-        "|---" * (len(cases) + 4) + "|",
+        f"| | budget | {' | '.join(cases)} | device peak | page-locked | RAM |",
+        "|---" * (len(cases) + 5) + "|",
     ]
     for first in cases["balanced"]["rows"]:
         location, share = first.get("location"), first.get("budget_share")
@@ -126,7 +126,7 @@ def step_times() -> list[str]:
         budget = "" if share is None else f"{share:.0%}"
         lines.append(
             f"| {name} | {budget} | {' | '.join(cells)} | {gigabytes(first['peak_device_bytes'])} | "
-            f"{gigabytes(first['page_locked_bytes'])} |"
+            f"{gigabytes(first['page_locked_bytes'])} | {gigabytes(first['rss_bytes'])} |"
         )
     return lines
 
