@@ -14,12 +14,14 @@ the device, in the same run; the bandwidth is the link's, or what one thread rea
 less. Steps follow each other without waiting for the device, as a sampler's do.
 
 On the simulated accelerator three cases differ in the link: one that compute decides, a balanced one and one
-that the link decides. Layers keep the device busy for set times (step_models.py). In virtual time nothing
-waits: host time and reading from a home cost nothing, and the times are the same on any machine, while the
-memory of a program whose host runs ahead of the device is less than it would be; with `--clock real` both count, and the machine should have nothing else to do. Copies from pageable memory, and to
-it, have half of the link's bandwidth. On a GPU cases are image sizes.
-`--limit-gb` lets QSwap run again with the device's memory capped, to stand for a smaller card: with as much
-of the model on it as fits beside the computation.
+that the link decides. Layers keep the device busy for set times (step_models.py). Copies from pageable
+memory, and to it, have half of the link's bandwidth. In virtual time nothing waits: host time and reading
+from a home cost nothing, and the times are the same on any machine, while the device memory of a program
+whose host runs ahead of the device is less than it would be. With `--clock real` all of it counts, and the
+machine should have nothing else to do.
+
+On a GPU cases are image sizes. `--limit-gb` lets QSwap run again with the device's memory capped, to stand
+for a smaller card: with as much of the model on it as fits beside the computation.
 """
 
 from __future__ import annotations
