@@ -54,15 +54,15 @@ LOCATIONS: tuple[Location, ...] = ("shared", "cpu", "disk")
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 QUICK_SHARES = (0.1, 0.25, 0.75)
 QUICK_HIDDEN = 512
-STEPS, QUICK_STEPS = 6, 3
+STEPS, QUICK_STEPS = 6, 2
 RING_LAYERS = 4
 """Of the largest size, with a budget of 0 %."""
 
 MARGIN = 0.05
 """Of a capped memory, for what the allocator loses."""
 
-WARM_UP_STEPS = 5
-"""The first forward traces, two are measured for the plan, which is made again in one of the next."""
+WARM_UP_STEPS = 4
+"""The first forward traces; it and the second are measured for the plan, which is made again in the third."""
 
 Row = dict[str, Any]
 
