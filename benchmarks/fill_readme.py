@@ -131,9 +131,10 @@ def step_times() -> list[str]:
     lines += [
         "",
         "Peak, page-locked bytes and RAM are those of the balanced case; in virtual time the peaks of the",
-        "streams of diffusers, whose host runs ahead, are lower limits. With a budget of 25 % in the balanced",
-        "case Flux's double blocks, which have more bytes for their compute than the single ones, wait for the",
-        "link: a larger buffer would take the place of residents. A long search finds no faster residency.",
+        "streams of diffusers, whose host runs ahead, are lower limits. With a budget of 25 % in the",
+        "balanced case Flux's double blocks, which have more bytes for their compute than the single ones,",
+        "wait for the link: a larger buffer would take the place of residents. A long search finds no",
+        "residency that is faster.",
     ]
     return lines
 
