@@ -5,8 +5,9 @@ other programs use.
 
 Every number is taken on tensors that together are larger than the GPU's cache, and on CUDA within a graph, so
 that the host's time for a launch is not in it; that is measured by itself. Bandwidth counts the bytes read
-and the bytes written. The result goes to benchmarks/results/gpu_<device>.json. `--small` is a quick run of
-every part on any device, the CPU included.
+and the bytes written. The result goes to benchmarks/results/gpu_<device>.json, and that of step_times.py,
+which runs last, to gpu_<device>_steps.json. `--small` is a quick run of every part on any device, the CPU
+included.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -211,6 +213,15 @@ def measure_product(
     }
 
 
+def step_times(device: torch.device, small: bool, path: Path) -> None:
+    """Steps of a model of Flux's sizes, with all of the memory and with less, by a program of its own."""
+    options = ["--hidden", "256", "--sides", "16", "--shares", "25", "--steps", "1"]
+    if not small:
+        options = ["--hidden", "3072", "--sides", "1024", "--limit-gb", "6,8,12"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "step_times.py"), "--device", str(device)]
+    subprocess.run([*command, *options, "--json", str(path)], check=True)
+
+
 def line_of(name: str, row: dict[str, Any]) -> str:
     parts = [f"{name:<8} {'x'.join(map(str, row['shape'])):<12}"]
     for what in ("triton", "torch", "chain"):
@@ -278,7 +289,8 @@ def main() -> None:
     slug = re.sub(r"\W+", "_", result["environment"]["name"]).strip("_").lower()
     path = arguments.json or ROOT / "benchmarks" / "results" / f"gpu_{slug}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {path}")
+    print(f"written to {path}", flush=True)
+    step_times(device, arguments.small, path.with_name(f"{path.stem}_steps.json"))
 
 
 if __name__ == "__main__":

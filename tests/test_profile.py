@@ -11,7 +11,8 @@ from swap_models import messages
 from lib_qswap.swap.device import device_of
 from lib_qswap.swap.layer import LayerTimes
 from lib_qswap.swap.manager import attached
-from lib_qswap.swap.profile import KEPT_WORKS, Profile, work_of
+from lib_qswap.swap.planner import Plan
+from lib_qswap.swap.profile import KEPT_WORKS, Profile, gain, work_of
 
 GPU = "simgpu:0"
 COUNT = 16
@@ -111,6 +112,31 @@ def test_residents_are_not_moved_for_a_run_that_is_nearly_over(halves):
     steps(model, 2, 2)
     assert resident(attachment) != before
     assert not messages()
+
+
+def plan_of(resident, step_s):
+    return Plan(resident, ring_bytes=100, step_s=step_s, bound_s=step_s, budget_bytes=200, message=None)
+
+
+def test_a_plan_that_saves_one_percent_of_a_step_is_worth_moving_for_and_a_quarter_percent_is_not():
+    # Nine layers of 100 bytes, one of them resident, over a link of 100 bytes/s: a step takes 8 s.
+    layers = [
+        SimpleNamespace(
+            name=str(i),
+            payload_bytes=100,
+            elements=1,
+            times=LayerTimes(compute_s=0.0),
+            resident=b"" if i == 0 else None,
+        )
+        for i in range(9)
+    ]
+    present = plan_of(("0",), 8.0)
+    found = gain(plan_of(("1",), 7.92), present, layers, 100.0)
+    assert found is not None
+    assert found == pytest.approx((0.08, 1.0))
+    assert found.pays_within(13)
+    assert not found.pays_within(12)
+    assert gain(plan_of(("1",), 7.98), present, layers, 100.0) is None
 
 
 def test_a_work_is_the_shapes_of_the_tensors_that_a_forward_gets():

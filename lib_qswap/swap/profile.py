@@ -21,7 +21,7 @@ MEASURED_STEPS = 2
 
 KEPT_WORKS = 32
 
-MIN_GAIN = 0.03
+MIN_GAIN = 0.005
 """A plan from measured times replaces the present one only if it predicts a step that is this share
 shorter."""
 

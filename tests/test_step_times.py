@@ -1,0 +1,105 @@
+"""The benchmark of step times: every system in every case, and QSwap near the least that a step can take."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+CASES = ("compute-bound", "balanced", "link-bound")
+SHARES = (0.1, 0.25, 0.75)
+OVER_BOUND = {"shared": 1.03, "cpu": 1.05, "disk": 1.10}
+MORE_AT_10_PERCENT = 0.07
+
+
+def run(*command: str | Path, cache: Path) -> None:
+    environment = os.environ | {"QSWAP_CACHE": str(cache)}
+    subprocess.run(
+        [sys.executable, *map(str, command)], check=True, capture_output=True, timeout=600, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def result_file(simgpu, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("step_times")
+    path = folder / "step_times.json"
+    run(BENCHMARKS / "step_times.py", "--quick", "--json", path, cache=folder)
+    return path
+
+
+@pytest.fixture(scope="module")
+def result(result_file):
+    return json.loads(result_file.read_text())
+
+
+@pytest.fixture(params=CASES)
+def case(request, result):
+    return next(case for case in result["cases"] if case["case"] == request.param)
+
+
+def swapped_rows(case):
+    return [row for row in case["rows"] if "location" in row]
+
+
+@pytest.mark.simgpu
+def test_every_location_is_measured_with_every_budget_and_computes_the_same(case):
+    assert {(row["location"], row["budget_share"]) for row in swapped_rows(case)} == {
+        (location, share) for location in OVER_BOUND for share in SHARES
+    }
+    for row in case["rows"]:
+        assert row["same_output"], row
+        for name in ("step_s", "peak_device_bytes", "page_locked_bytes", "rss_bytes"):
+            assert math.isfinite(row[name]), (name, row)
+
+
+@pytest.mark.simgpu
+def test_a_step_takes_hardly_longer_than_the_longer_of_compute_and_transfers(case):
+    for row in swapped_rows(case):
+        most = OVER_BOUND[row["location"]] + (MORE_AT_10_PERCENT if row["budget_share"] < 0.25 else 0)
+        if case["case"] == "balanced" and row["budget_share"] == 0.25:
+            # Compute and link are even here, and the double blocks have more bytes for their compute than
+            # the single ones: what is not in the ring by then is waited for, and a larger ring takes the
+            # place of residents. A long search (planner_judge.py) finds no step that is 0.5 % shorter.
+            most = 1.08
+        assert 0.999 < row["ratio"] <= most, row
+
+
+@pytest.mark.simgpu
+def test_the_cases_are_what_their_names_say(result):
+    bounds = {
+        case["case"]: [row["bound_s"] / case["compute_s"] for row in swapped_rows(case)]
+        for case in result["cases"]
+    }
+    assert set(bounds["compute-bound"]) == {1.0}
+    assert 1 < max(bounds["balanced"]) < 1.5
+    assert max(bounds["link-bound"]) > 3
+
+
+@pytest.mark.simgpu
+def test_no_other_program_that_is_installed_takes_less_time(case):
+    peers = [row for row in case["rows"] if "ratio" in row and "location" not in row]
+    slowest = max(row["step_s"] for row in swapped_rows(case))
+    for row in peers:
+        # With a fast enough link, in a time without hosts, to look one layer ahead is enough.
+        assert row["step_s"] >= slowest * (0.9999 if case["case"] == "compute-bound" else 1), row
+
+
+@pytest.mark.simgpu
+def test_nothing_is_read_before_it_has_arrived_or_overwritten_before_it_was_read(result):
+    assert not result["hazards"]
+
+
+@pytest.mark.simgpu
+def test_the_plot_has_a_curve_for_every_system_in_every_case(result, result_file, tmp_path):
+    svg = tmp_path / "plot.svg"
+    run(BENCHMARKS / "step_plot.py", result_file, "--svg", svg, cache=tmp_path)
+    lines = xml.etree.ElementTree.parse(svg).findall(".//{http://www.w3.org/2000/svg}polyline")
+    systems = {row["system"] for row in result["cases"][0]["rows"] if "ratio" in row}
+    assert len(lines) == len(CASES) * (len(systems) + 1)
