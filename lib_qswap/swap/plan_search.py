@@ -37,6 +37,7 @@ VARIATIONS_MOST = 800
 RESCALED, EXACT = 0.4, 0.3  # how often a variation changes the ring in which way
 
 GOOD_ENOUGH = 1.0005  # of what no plan for the budget can be below
+ALIKE, ROOMY = 1.001, 4.0  # steps that do not differ; a ring, in largest layers, that is large enough
 SLOWER_TRIED = 1.03  # of the best so far: how much slower recipes are of interest
 EXCHANGED = 0.2  # of the effort, for exchanges
 HEAT = 0.001  # how much slower than the current set one may be, at first
@@ -77,7 +78,15 @@ class PlanSearch:
         """The best plan found. `effort`: how many layers variations of recipes may go through; exchanges get
         a share of that on top."""
         candidates = [candidate for _, candidate in self._recipes(effort)]
-        return self._improve(candidates, int(EXCHANGED * effort) // len(self.nbytes))
+        best = self._improve(candidates, int(EXCHANGED * effort) // len(self.nbytes))
+        # A larger ring forgives more where times are not quite as measured.
+        enough = ROOMY * max(self.nbytes)
+        alike = [
+            tried
+            for tried in self._tried.values()
+            if tried is not None and tried.step_s <= ALIKE * best.step_s and tried.ring_bytes <= enough
+        ]
+        return max([best, *alike], key=lambda candidate: candidate.ring_bytes)
 
     def _least_s(self, limit: int, ring_bytes: int) -> float:
         """What no step with such a ring is below; infinite where layers above the limit do not fit."""
