@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lib_qswap.quant.formats import FORMATS
-from lib_qswap.quant.gguf_file import FileSlice, open_gguf
+from lib_qswap.quant.gguf_file import FileSlice, MappedFile, open_gguf
 from lib_qswap.quant.packed import PackedTensor
 
 ROWS, COLUMNS = 64, 512
@@ -226,9 +226,11 @@ def test_an_integer_dtype_unpacks():
 
 
 @MODES
-def test_copies_have_bytes_of_their_own_and_no_source(made_in, used_in, no_unpacking):
+def test_copies_have_bytes_of_their_own_and_no_source(made_in, used_in, no_unpacking, tmp_path):
+    path = tmp_path / "other"
+    path.write_bytes(bytes(1))
     with mode(made_in):
-        tensor, _ = make(source=FileSlice(None, 0, 1))
+        tensor, _ = make(source=FileSlice(MappedFile(path), 0, 1))
     with mode(used_in):
         copies = [
             tensor.clone(),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from lib_qswap.quant.model_kind import stranger
 from lib_qswap.quant.packed import PackedTensor
 
 _UNET = "model.diffusion_model."
@@ -36,37 +37,14 @@ _CLIP_CPP = (
 )
 _FFN = re.compile(r"(text_model\.encoder\.layers\.)(\d+)\.(ffn_(?:up|down))\.(weight|bias)$")
 
-# What no model of Forge can use, by how the name of one of its tensors begins: what it is, and what to take.
-# (ControlNets, which Forge reads under diffusers' names, have no up_blocks.)
-_STRANGERS = {
-    "up_blocks.0.resnets.": (
-        "a UNet with the tensor names of diffusers",
-        "a file with the original names (input_blocks...)",
-    ),
-    "single_transformer_blocks.": (
-        "a Flux transformer with the tensor names of diffusers",
-        "a file with the original names (double_blocks...)",
-    ),
-    "v.blk.": (
-        "the vision encoder of a language model (mmproj)",
-        "CLIP's text encoder, as safetensors (clip_l.safetensors) or as GGUF",
-    ),
-    "blk.": (
-        "a language model",
-        "the text encoders that the checkpoint was made for: CLIP, and T5 for Flux (t5-v1_1-xxl-encoder)",
-    ),
-}
-
 
 def refusal(names: Mapping[str, object]) -> str | None:
     """Why Forge has no use for a file with tensors of these names, and what to take instead; None: it may
     have."""
-    if any(name.startswith("t.blk.") for name in names):
+    found = stranger(names)
+    if found is None:
         return None
-    for start, (what, instead) in _STRANGERS.items():
-        if any(name.startswith(start) for name in names):
-            return f"{what} ({start}...), which Forge does not know: take {instead}"
-    return None
+    return f"{found.what} ({found.names}), which Forge does not know: take {found.instead}"
 
 
 def known_to_forge(tensors: Mapping[str, PackedTensor]) -> dict[str, PackedTensor]:
