@@ -64,7 +64,7 @@ def stranger(names: Mapping[str, object]) -> Stranger | None:
         return None
     for start, (what, instead) in _STRANGERS.items():
         if any(name.startswith(start) for name in names):
-            return Stranger(what, f"{start}...", instead)
+            return Stranger(what, f"{start}*", instead)
     return None
 
 
