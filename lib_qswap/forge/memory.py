@@ -286,6 +286,12 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
                 attachment.rebalance(budget, spare_bytes=spare)
             else:
                 _wake(attachment, budget)
+    except (GGUFError, OSError) as error:
+        # The file cannot be read, in Forge's own way neither.
+        attachment.unload()
+        ledger.message(f"{attachment.name}: {error}", "error")
+        loading.expect_no_model()
+        raise
     except Exception as error:
         # Whatever it is: Forge's own way may still make the image. It raises again what is not QSwap's fault.
         ledger.message(
