@@ -233,3 +233,15 @@ def test_a_language_model_is_refused_in_one_sentence(forge, tmp_path):
     with pytest.raises(GGUFError, match="a language model"):
         forge.utils.load_torch_file(str(path))
     assert any("a language model" in text for text in swap_models.messages())
+
+
+def test_what_is_wrong_with_a_file_is_what_forge_says_too(forge, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(GGUFError, match=r"model\.gguf: version: needs 4 bytes"):
+        forge.sd_models.forge_loader(str(path))
+    with pytest.raises(ValueError, match="Failed to recognize model type!"):
+        forge.sd_models.forge_loader(None)
+    forge.table.restore()
+    with pytest.raises(ValueError, match="Failed to recognize model type!"):
+        forge.sd_models.forge_loader(str(path))

@@ -30,8 +30,11 @@ def patches() -> list[Patch]:
         # Not every entry is a module: None and stand-ins are allowed there.
         if getattr(module, "__dict__", {}).get("load_torch_file") is utils.load_torch_file
     ]
+    sd_models = sys.modules.get("modules.sd_models")
+    loaders = [sd_models] if hasattr(sd_models, "forge_loader") else []
     return [
         *(Patch(module, "load_torch_file", _load_torch_file) for module in importers),
+        *(Patch(module, "forge_loader", _forge_loader) for module in loaders),
         Patch(operations.ForgeOperationsGGUF.Linear, "_load_from_state_dict", _load_linear),
         Patch(operations.ForgeOperations.Linear, "_load_from_state_dict", _load_plain_linear),
         Patch(operations.ForgeOperations.Conv2d, "_load_from_state_dict", _load_convolution),
@@ -99,9 +102,18 @@ def _load_torch_file(original: Any, ckpt: str, *args: Any, **kwargs: Any) -> dic
             raise GGUFError(f"{file.path}: {reason}")
         return {name: _parameter(packed) for name, packed in names.known_to_forge(file).items()}
     except GGUFError as error:
-        # Forge says no more than that it does not recognize the model.
         ledger.message(str(error), "error")
         expect_no_model()
+        raise
+
+
+def _forge_loader(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Forge says "Failed to recognize model type!" whatever went wrong while it read the files."""
+    try:
+        return original(*args, **kwargs)
+    except ValueError as error:
+        if isinstance(error.__context__, GGUFError):
+            raise error.__context__ from None
         raise
 
 
