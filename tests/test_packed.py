@@ -1,8 +1,10 @@
 """PackedTensor: what keeps a weight packed, what unpacks it, what is refused; inference mode or not."""
 
 import copy
+import errno
 import gc
 import io
+import os
 import pickle
 import weakref
 
@@ -721,3 +723,14 @@ def test_operations_on_a_weight_in_a_file_read_the_file(mapped, monkeypatch):
         result, wanted = operation(weight), operation(expected)
         assert read
         assert torch.equal(*(x.packed if isinstance(x, PackedTensor) else x for x in (result, wanted)))
+
+
+def test_a_file_that_cannot_be_read_is_an_error_that_names_it(mapped, monkeypatch):
+    def fails(file, offset, buffer):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    weight = mapped("Q4_K")
+    monkeypatch.setattr(MappedFile, "_read_once", fails)
+    for operation in (weight.dequantize, weight.clone):
+        with pytest.raises(OSError, match=r"model\.gguf"):
+            operation()
