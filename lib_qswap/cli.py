@@ -83,7 +83,7 @@ def build_parser() -> Parser:
         sub.add_argument("--json", action="store_true", help="print JSON instead of text")
         return sub
 
-    sub = command("inspect", inspect, "What is in a GGUF file: tensors, types, shapes, bytes, problems.")
+    sub = command("inspect", inspect, "What is in a GGUF or safetensors file: tensors, types, problems.")
     sub.add_argument("file", type=Path)
 
     sub = command("demo", demo, "Make a Flux-shaped model of random weights once, run it, show the panel.")

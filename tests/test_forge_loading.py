@@ -3,6 +3,7 @@ encoders; on the stand-in."""
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import forge_standin
@@ -202,3 +203,45 @@ def test_a_unet_with_diffusers_names_is_refused_in_one_sentence(forge, tmp_path)
         forge.utils.load_torch_file(str(path))
     (message,) = [entry for entry in ledger.snapshot()["messages"] if str(path) in entry["text"]]
     assert message["level"] == "error"
+
+
+def test_a_file_that_changed_ends_the_generation_and_is_opened_anew_by_the_next(forge, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes([tensor("weight", values(256, 256), "Q8_0")]))
+    layer = forge.operations.ForgeOperationsGGUF.Linear()
+    layer.weight = forge.utils.load_torch_file(str(path))["weight"]
+    patcher = patcher_of(forge, layer, torch.float32)
+    forge.memory_management.load_models_gpu([patcher])
+    forge.sd_models.model_data.forge_hash = "loaded"
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(GGUFError, match=r"model\.gguf: the model file changed"):
+        forge.memory_management.load_models_gpu([patcher])
+    assert any("the model file changed" in text for text in swap_models.messages())
+    assert forge.sd_models.model_data.forge_hash == ""
+
+
+def test_files_of_other_programs_are_loaded_under_the_names_that_forge_knows(forge, tmp_path):
+    path = tmp_path / "clip.gguf"
+    path.write_bytes(gguf_bytes([tensor("t.blk.0.attn_q.weight", values(256, 256), "Q8_0")]))
+    (name,) = forge.utils.load_torch_file(str(path))
+    assert name == "text_model.encoder.layers.0.self_attn.q_proj.weight"
+
+
+def test_a_language_model_is_refused_in_one_sentence(forge, tmp_path):
+    path = tmp_path / "llama.gguf"
+    path.write_bytes(gguf_bytes([tensor("blk.0.attn_q.weight", values(256, 256), "Q8_0")]))
+    with pytest.raises(GGUFError, match="a language model"):
+        forge.utils.load_torch_file(str(path))
+    assert any("a language model" in text for text in swap_models.messages())
+
+
+def test_what_is_wrong_with_a_file_is_what_forge_says_too(forge, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(GGUFError, match=r"model\.gguf: version: needs 4 bytes"):
+        forge.sd_models.forge_loader(str(path))
+    with pytest.raises(ValueError, match="Failed to recognize model type!"):
+        forge.sd_models.forge_loader(None)
+    forge.table.restore()
+    with pytest.raises(ValueError, match="Failed to recognize model type!"):
+        forge.sd_models.forge_loader(str(path))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import forge_standin
 import pytest
 import swap_models as sm
 import torch
+from gguf_writer import Tensor, gguf_bytes
 
+from lib_qswap.quant.gguf_file import GGUFError
 from lib_qswap.swap import inventory
 from lib_qswap.swap.device import device_of
 
@@ -158,3 +161,31 @@ def test_a_limit_that_the_user_set_is_not_passed_by_lending(small_gpu):
     attachment = small_gpu.qswap("managed").attachment_of(patcher.model)
     assert attachment.budget_bytes == 40 * MB
     assert attachment.grown_bytes == 0
+
+
+def test_a_file_that_shrinks_while_its_model_is_placed_ends_the_generation_alone(
+    small_gpu, tmp_path, monkeypatch
+):
+    small_gpu.shared.opts.data["qswap_location"] = "CPU"
+    path = tmp_path / "model.gguf"
+    blocks = sm.packed_bytes("Q8_0", (1024, 1024), 0)
+    tensors = [Tensor(f"layers.{i}.weight", (1024, 1024), "Q8_0", blocks) for i in range(64)]
+    path.write_bytes(gguf_bytes(tensors))
+    weights = small_gpu.utils.load_torch_file(str(path))
+    patcher = patcher_of(small_gpu)
+    for i, layer in enumerate(patcher.model.diffusion_model.layers):
+        layer.weight = weights[f"layers.{i}.weight"]
+    small_gpu.sd_models.model_data.forge_hash = "loaded"
+    check = small_gpu.qswap("managed").check_files
+
+    def shrink_after(model):
+        check(model)
+        os.truncate(path, 4096)
+
+    monkeypatch.setattr(small_gpu.qswap("managed"), "check_files", shrink_after)
+    with pytest.raises((GGUFError, OSError), match=r"model\.gguf"):
+        small_gpu.memory_management.load_models_gpu([patcher], memory_required=390 * MB)
+    attachment = small_gpu.qswap("managed").attachment_of(patcher.model)
+    assert attachment.resident_bytes == 0
+    assert small_gpu.sd_models.model_data.forge_hash == ""
+    assert any(str(path) in text for text in sm.messages())

@@ -1,8 +1,10 @@
 """PackedTensor: what keeps a weight packed, what unpacks it, what is refused; inference mode or not."""
 
 import copy
+import errno
 import gc
 import io
+import os
 import pickle
 import weakref
 
@@ -10,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gguf_writer import Tensor, gguf_bytes
+from swap_models import packed_bytes
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lib_qswap.quant.formats import FORMATS
-from lib_qswap.quant.gguf_file import FileSlice, open_gguf
+from lib_qswap.quant.gguf_file import FileSlice, MappedFile, open_gguf
 from lib_qswap.quant.packed import PackedTensor
 
 ROWS, COLUMNS = 64, 512
@@ -226,9 +229,11 @@ def test_an_integer_dtype_unpacks():
 
 
 @MODES
-def test_copies_have_bytes_of_their_own_and_no_source(made_in, used_in, no_unpacking):
+def test_copies_have_bytes_of_their_own_and_no_source(made_in, used_in, no_unpacking, tmp_path):
+    path = tmp_path / "other"
+    path.write_bytes(bytes(1))
     with mode(made_in):
-        tensor, _ = make(source=FileSlice(None, 0, 1))
+        tensor, _ = make(source=FileSlice(MappedFile(path), 0, 1))
     with mode(used_in):
         copies = [
             tensor.clone(),
@@ -655,3 +660,77 @@ def test_a_stream_is_recorded_on_the_bytes(sim):
     stream = torch.simgpu.Stream()
     moved.record_stream(stream)
     stream.synchronize()
+
+
+# -- Bytes in a file -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mapped(tmp_path, monkeypatch):
+    """A weight that aliases the map of its file, and is read in pieces."""
+
+    def of(format_name: str, rows: int = 33, columns: int = 1024) -> PackedTensor:
+        monkeypatch.setattr("lib_qswap.quant.packed_bytes._PIECE_ELEMENTS", 4096)
+        monkeypatch.setattr("lib_qswap.quant.packed_bytes._PIECE_BYTES", 1000)
+        path = tmp_path / "model.gguf"
+        data = packed_bytes(format_name, (rows, columns), 0)
+        path.write_bytes(gguf_bytes([Tensor("weight", (rows, columns), FORMATS[format_name].ggml_id, data)]))
+        monkeypatch.setattr("lib_qswap.quant.gguf_file.COPIED_BELOW_BYTES", 0)
+        weight = open_gguf(path)["weight"]
+        assert weight.is_mapped
+        return weight
+
+    return of
+
+
+@pytest.mark.parametrize("format_name", ["Q4_K", "Q8_0", "IQ3_S", "F16", "BF16", "F32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_weight_in_a_file_has_the_values_of_its_bytes_in_memory(mapped, format_name, dtype):
+    weight = mapped(format_name)
+    in_memory = weight.clone()
+    assert not in_memory.is_mapped
+    assert in_memory.source is None
+    assert torch.equal(in_memory.packed, weight.packed)
+    assert torch.equal(weight.dequantize(dtype), in_memory.dequantize(dtype))
+    part = weight[5:30]
+    assert part.is_mapped
+    assert torch.equal(part.dequantize(dtype), in_memory.dequantize(dtype)[5:30])
+
+
+@pytest.mark.simgpu
+def test_a_weight_in_a_file_comes_to_a_device_with_all_of_its_bytes(simgpu, mapped):
+    weight = mapped("Q4_K")
+    for moved in (weight.to("simgpu"), weight.bfloat16().to("simgpu", torch.float32)):
+        assert moved.source is None
+        assert torch.equal(moved.packed.cpu(), weight.packed)
+
+
+def test_operations_on_a_weight_in_a_file_read_the_file(mapped, monkeypatch):
+    weight = mapped("Q4_K")
+    expected = weight.clone()
+    read = []
+    original = FileSlice.read_into
+    monkeypatch.setattr(FileSlice, "read_into", lambda *args: read.append(args) or original(*args))
+    for operation in (
+        lambda tensor: tensor.dequantize(),
+        lambda tensor: tensor.clone(),
+        lambda tensor: torch.cat((tensor, tensor)),
+        lambda tensor: copy.deepcopy(tensor),
+        lambda tensor: pickle.loads(pickle.dumps(tensor)),
+        lambda tensor: F.linear(torch.ones(2, 1024, dtype=tensor.dtype), tensor),
+    ):
+        read.clear()
+        result, wanted = operation(weight), operation(expected)
+        assert read
+        assert torch.equal(*(x.packed if isinstance(x, PackedTensor) else x for x in (result, wanted)))
+
+
+def test_a_file_that_cannot_be_read_is_an_error_that_names_it(mapped, monkeypatch):
+    def fails(file, offset, buffer):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    weight = mapped("Q4_K")
+    monkeypatch.setattr(MappedFile, "_read_once", fails)
+    for operation in (weight.dequantize, weight.clone):
+        with pytest.raises(OSError, match=r"model\.gguf"):
+            operation()

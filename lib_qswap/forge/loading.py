@@ -16,7 +16,7 @@ from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap import ledger
 from lib_qswap.swap.inventory import GATHERED_FROM_BYTES
 
-from . import notices, settings
+from . import names, notices, settings
 from .patches import Patch
 
 
@@ -30,8 +30,11 @@ def patches() -> list[Patch]:
         # Not every entry is a module: None and stand-ins are allowed there.
         if getattr(module, "__dict__", {}).get("load_torch_file") is utils.load_torch_file
     ]
+    sd_models = sys.modules.get("modules.sd_models")
+    loaders = [sd_models] if hasattr(sd_models, "forge_loader") else []
     return [
         *(Patch(module, "load_torch_file", _load_torch_file) for module in importers),
+        *(Patch(module, "forge_loader", _forge_loader) for module in loaders),
         Patch(operations.ForgeOperationsGGUF.Linear, "_load_from_state_dict", _load_linear),
         Patch(operations.ForgeOperations.Linear, "_load_from_state_dict", _load_plain_linear),
         Patch(operations.ForgeOperations.Conv2d, "_load_from_state_dict", _load_convolution),
@@ -39,9 +42,6 @@ def patches() -> list[Patch]:
         Patch(memory_management, "unet_inital_load_device", _load_to_cpu),
         Patch(memory_management, "get_computation_dtype", _computation_dtype),
     ]
-
-
-_DIFFUSERS_UNET = "up_blocks.0.resnets."  # ControlNets, which Forge reads, have no such blocks.
 
 
 class GGMLClass:
@@ -98,21 +98,28 @@ def _load_torch_file(original: Any, ckpt: str, *args: Any, **kwargs: Any) -> dic
         return original(ckpt, *args, **kwargs)
     try:
         file = open_gguf(ckpt)
-        if any(name.startswith(_DIFFUSERS_UNET) for name in file):
-            raise GGUFError(
-                f"{file.path}: a UNet with the tensor names of diffusers ({_DIFFUSERS_UNET}), which Forge"
-                " does not know: take a file with the original names (input_blocks...)"
-            )
-        return {name: _parameter(packed) for name, packed in file.items()}
+        if reason := names.refusal(file):
+            raise GGUFError(f"{file.path}: {reason}")
+        return {name: _parameter(packed) for name, packed in names.known_to_forge(file).items()}
     except GGUFError as error:
-        # Forge says no more than that it does not recognize the model.
         ledger.message(str(error), "error")
-        _expect_no_model()
+        expect_no_model()
         raise
 
 
-def _expect_no_model() -> None:
-    """Forge has dropped the model that it had before, and still takes it for loaded."""
+def _forge_loader(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Forge says "Failed to recognize model type!" whatever went wrong while it read the files."""
+    try:
+        return original(*args, **kwargs)
+    except ValueError as error:
+        if isinstance(error.__context__, GGUFError):
+            raise error.__context__ from None
+        raise
+
+
+def expect_no_model() -> None:
+    """Lets Forge load the checkpoint again at the next generation: it takes the one that it had before for
+    loaded even when it has dropped it."""
     from modules import sd_models
 
     sd_models.model_data.forge_hash = ""

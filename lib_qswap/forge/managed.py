@@ -45,6 +45,21 @@ def has_packed_weights(model: torch.nn.Module) -> bool:
     return any(isinstance(parameter, PackedTensor) for parameter in model.parameters())
 
 
+def check_files(model: torch.nn.Module) -> None:
+    """Looks whether the files that `model` is read from while it computes are the ones that were opened.
+
+    Raises:
+        GGUFError: one of them has been changed, or is gone.
+    """
+    attachment = attachment_of(model)
+    if attachment is not None:
+        attachment.check_files()
+        return
+    weights = [weight for weight in model.parameters() if isinstance(weight, PackedTensor)]
+    for file in {weight.source.file for weight in weights if weight.source is not None}:
+        file.check_unchanged()
+
+
 def attach_engine(engine: Any) -> None:
     """A checkpoint was loaded: its packed models come under care at once, so that the page shows them before
     they run."""

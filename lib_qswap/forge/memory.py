@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from lib_qswap.quant.mapped_file import GGUFError
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap import ledger
 from lib_qswap.swap.manager import Attachment
 
-from . import bnb, controls, managed, settings
+from . import bnb, controls, loading, managed, settings
 from .patches import Patch
 
 MARGIN_BYTES = 64 << 20
@@ -186,6 +187,8 @@ def _load_models_gpu(
 ) -> None:
     from backend import memory_management as mm
 
+    for patcher in models:
+        _check_files(patcher)
     on_cpu = [patcher for patcher in models if patcher.load_device.type == "cpu"]
     for patcher in on_cpu:
         ledger.note_unmanaged(type(patcher.model).__name__, "computed on the CPU: nothing is swapped")
@@ -212,6 +215,17 @@ def _load_models_gpu(
         print(f"[QSwap] placing {names} took {took:.2f} s")
 
 
+def _check_files(patcher: Any) -> None:
+    """Raises GGUFError when a file that this model is read from is no longer what it was; the next generation
+    opens it anew."""
+    try:
+        managed.check_files(patcher.model)
+    except GGUFError as error:
+        ledger.message(str(error), "error")
+        loading.expect_no_model()
+        raise
+
+
 def _report_shortage(device: torch.device, inference_bytes: float) -> None:
     from backend import memory_management as mm
 
@@ -231,7 +245,6 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
     device = patcher.load_device
     attachment = managed.attachment_for(patcher) if managed.wants_care(patcher) else None
     if attachment is not None:
-        attachment.check_files()
         need = attachment.whole_bytes - _own_bytes(attachment)
     else:
         need = mm.module_size(patcher.model, exclude_device=device)
@@ -273,6 +286,12 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
                 attachment.rebalance(budget, spare_bytes=spare)
             else:
                 _wake(attachment, budget)
+    except (GGUFError, OSError) as error:
+        # The file cannot be read, in Forge's own way neither.
+        attachment.unload()
+        ledger.message(f"{attachment.name}: {error}", "error")
+        loading.expect_no_model()
+        raise
     except Exception as error:
         # Whatever it is: Forge's own way may still make the image. It raises again what is not QSwap's fault.
         ledger.message(

@@ -1,14 +1,17 @@
-"""The report behind `qswap inspect FILE.gguf`: what is in a GGUF file, and what in it will make trouble."""
+"""The report behind `qswap inspect FILE`: what is in a GGUF or safetensors file, and what in it will make
+trouble."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .gguf_file import GGUFFile, TensorInfo, open_gguf
+from . import model_kind, safetensors_header
+from .gguf_file import GGUFFile, open_gguf
+from .mapped_file import MappedFile
 
 _VALUE_CHARACTERS = 200
 
@@ -20,45 +23,65 @@ _LINE_CHARACTERS = 100
 
 
 def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What is in a GGUF file, as plain data for JSON.
+    """What is in a GGUF or safetensors file, as plain data for JSON.
 
-    Keys: `path`, `version`; `files` (`path`, `bytes`; one, or each part of a split model), `file_bytes` (of
-    all); `metadata` (the short values), `metadata_count` (of all);
-    `tensor_count`, `parameters` (elements of all tensors), `packed_bytes` (of all tensors); `types` (for each
-    GGML type `type`, `tensors`, `parameters`, `bytes`; most bytes first); `tensors` (in the order of the file
-    `name`, `type`, `shape` with rows first, `bytes`, `offset`, `part` from 1); `problems` (sentences).
+    Keys: `path`; `version` (of GGUF; None for safetensors, as the name tells); `what`, `use` (sentences: what
+    the file is, and what to do with it in Forge); `files` (`path`, `bytes`; one, or each part of a split
+    model), `file_bytes` (of all); `metadata` (the short values), `metadata_count` (of all); `tensor_count`,
+    `parameters` (elements of all tensors), `packed_bytes` (of all tensors); `types` (for each type `type`,
+    `tensors`, `parameters`, `bytes`; most bytes first); `tensors` (in the order of the file `name`, `type`,
+    `shape` with rows first, `parameters`, `bytes`, `offset`, `part` from 1); `problems` (sentences).
 
     Raises GGUFError for a file that cannot be opened at all.
     """
+    if os.fsdecode(path).lower().endswith(".safetensors"):
+        mapped = MappedFile(path)
+        metadata, stored = safetensors_header.read_header(mapped)
+        described = [{**tensor._asdict(), "part": 1} for tensor in stored]
+        for tensor in described:
+            tensor["shape"], tensor["bytes"] = list(tensor["shape"]), tensor.pop("nbytes")
+        problems = [] if described else ["The file has no tensors: it is not a model."]
+        return _report((mapped,), None, metadata, described, problems)
     file = open_gguf(path)
+    described = [
+        {
+            "name": info.name,
+            "type": info.format.name,
+            "shape": list(info.shape),
+            "parameters": math.prod(info.shape),
+            "bytes": info.nbytes,
+            "offset": info.offset,
+            "part": info.part + 1,
+        }
+        for info in file.tensors
+    ]
+    return _report(file.files, file.version, file.metadata, described, list(_problems(file)))
+
+
+def _report(
+    files: Sequence[MappedFile],
+    version: int | None,
+    metadata: Mapping[str, Any],
+    tensors: list[dict[str, Any]],
+    problems: list[str],
+) -> dict[str, Any]:
+    what, use = model_kind.describe({tensor["name"]: tensor["shape"] for tensor in tensors})
     return {
-        "path": file.path,
-        "version": file.version,
-        "files": [{"path": part.path, "bytes": part.size} for part in file.files],
-        "file_bytes": sum(part.size for part in file.files),
-        "metadata": {key: _plain(value) for key, value in file.metadata.items() if _is_short(value)},
-        "metadata_count": len(file.metadata),
-        "tensor_count": len(file.tensors),
-        "parameters": sum(_elements(info) for info in file.tensors),
-        "packed_bytes": sum(info.nbytes for info in file.tensors),
-        "types": _types(file),
-        "tensors": [
-            {
-                "name": info.name,
-                "type": info.format.name,
-                "shape": list(info.shape),
-                "bytes": info.nbytes,
-                "offset": info.offset,
-                "part": info.part + 1,
-            }
-            for info in file.tensors
-        ],
-        "problems": list(_problems(file)),
+        "path": files[0].path,
+        "version": version,
+        "what": what,
+        "use": use,
+        "files": [{"path": part.path, "bytes": part.size} for part in files],
+        "file_bytes": sum(part.size for part in files),
+        "metadata": {key: _plain(value) for key, value in metadata.items() if _is_short(value)},
+        "metadata_count": len(metadata),
+        "tensor_count": len(tensors),
+        "parameters": sum(tensor["parameters"] for tensor in tensors),
+        "packed_bytes": sum(tensor["bytes"] for tensor in tensors),
+        "types": _types(tensors),
+        "tensors": tensors,
+        "problems": problems,
     }
-
-
-def _elements(info: TensorInfo) -> int:
-    return math.prod(info.shape)
 
 
 def _is_short(value: Any) -> bool:
@@ -74,14 +97,14 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _types(file: GGUFFile) -> list[dict[str, Any]]:
+def _types(described: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     tensors: Counter[str] = Counter()
     parameters: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
-    for info in file.tensors:
-        tensors[info.format.name] += 1
-        parameters[info.format.name] += _elements(info)
-        nbytes[info.format.name] += info.nbytes
+    for tensor in described:
+        tensors[tensor["type"]] += 1
+        parameters[tensor["type"]] += tensor["parameters"]
+        nbytes[tensor["type"]] += tensor["bytes"]
     return [
         {"type": name, "tensors": tensors[name], "parameters": parameters[name], "bytes": total}
         for name, total in nbytes.most_common()
@@ -92,7 +115,8 @@ def _problems(file: GGUFFile) -> Iterator[str]:
     if not file.tensors:
         yield "The file has no tensors: it is a vocabulary or metadata only, not a model."
         return
-    if "general.architecture" not in file.metadata:
+    known = model_kind.describe({info.name: info.shape for info in file.tensors})[0] != model_kind.UNKNOWN
+    if "general.architecture" not in file.metadata and not known:
         yield "general.architecture is missing: a host has to guess the model from the names of its tensors."
     locked: dict[str, list[str]] = {}
     for info in file.tensors:
@@ -121,13 +145,17 @@ def _unused_bytes(file: GGUFFile) -> int:
 def format_report(report: dict[str, Any]) -> str:
     """The report of `inspect_file` for one screen of a terminal."""
     files = f"{len(report['files'])} files, " if len(report["files"]) > 1 else ""
+    kind = "safetensors" if report["version"] is None else f"GGUF version {report['version']}"
     lines = [
         report["path"],
-        f"  GGUF version {report['version']}, {files}{_size(report['file_bytes'])},"
+        f"  {kind}, {files}{_size(report['file_bytes'])},"
         f" {report['tensor_count']} tensors, {_count(report['parameters'])} parameters",
-        "",
+        f"  {report['what']}",
+        *([f"  {report['use']}"] if report["use"] else []),
     ]
     metadata = [f"  {key} = {value}" for key, value in report["metadata"].items()]
+    if report["metadata_count"]:
+        lines.append("")
     lines += [_cut(line) for line in metadata[:_METADATA_SHOWN]]
     hidden = report["metadata_count"] - min(len(metadata), _METADATA_SHOWN)
     if hidden:
@@ -137,8 +165,8 @@ def format_report(report: dict[str, Any]) -> str:
         f"  {'type':<10}{'tensors':>8}{'parameters':>12}{'size':>10}{'share':>8}{'bits/weight':>13}",
     ]
     for row in report["types"]:
-        share = row["bytes"] / report["packed_bytes"]
-        bits = 8 * row["bytes"] / row["parameters"]
+        share = row["bytes"] / max(1, report["packed_bytes"])
+        bits = 8 * row["bytes"] / max(1, row["parameters"])
         lines.append(
             f"  {row['type']:<10}{row['tensors']:>8}{_count(row['parameters']):>12}{_size(row['bytes']):>10}"
             f"{share:>8.1%}{bits:>13.2f}"
@@ -148,7 +176,7 @@ def format_report(report: dict[str, Any]) -> str:
     for tensor in largest:
         shape = " x ".join(map(str, tensor["shape"])) or "scalar"
         lines.append(
-            _cut(f"  {_size(tensor['bytes']):>10}  {tensor['type']:<8}  {tensor['name']}  ({shape})")
+            _cut(f"  {_size(tensor['bytes']):>10}  {tensor['type']:<8}  {shape:<18}  {tensor['name']}")
         )
     problems = report["problems"]
     lines += ["", "  problems" if problems else "  no problems found"]

@@ -1,8 +1,8 @@
 """A file as the home of weights: mapped for the tensors that alias it, and read for bulk bytes.
 
-A read through a map beyond the end of a file that has shrunk is a signal (SIGBUS) that ends the process. Bulk
-bytes therefore come by `FileSlice.read_into`, where the same accident is an exception; whoever reads through
-the map calls `MappedFile.check_unchanged` before.
+A read through a map beyond the end of a file that has shrunk, or from a disk that fails, is a signal (SIGBUS)
+that ends the process, and no check before excludes it. So bytes always come by `FileSlice.read_into`, where
+the same accident is an exception; the map only gives tensors an address that takes no memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import stat
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ class MappedFile:
             reason = getattr(error, "strerror", None) or error
             raise GGUFError(f"{self.path}: cannot be opened: {reason}") from error
         self._handles = threading.local()
+        self._address = self.tensor(0, 1).data_ptr()
 
     def check_unchanged(self) -> None:
         """GGUFError when the file at `path` is no longer the one that was opened."""
@@ -80,11 +82,17 @@ class MappedFile:
                 )
 
     def tensor(self, offset: int, nbytes: int) -> Tensor:
-        """uint8 tensor that aliases the map; writing into it is a signal that ends the process."""
+        """uint8 tensor that aliases the map; reading it is a signal that ends the process if the file has
+        shrunk, writing into it always."""
         with warnings.catch_warnings():
             # "The given buffer is not writable": nobody writes, PackedTensor sees to it.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether `tensor` aliases the map."""
+        address = tensor.data_ptr()
+        return self._address <= address < self._address + self.size and tensor.device.type == "cpu"
 
     def read_at(self, offset: int, buffer: memoryview) -> int:
         """Fill `buffer` from `offset` on; how many bytes: fewer only where the file ends. Raises OSError."""
@@ -124,6 +132,18 @@ class FileSlice(NamedTuple):
     def mapped(self) -> Tensor:
         """uint8 tensor that aliases the map, which takes no memory; see `MappedFile.tensor`."""
         return self.file.tensor(self.offset, self.nbytes)
+
+    def pieces(self, piece_bytes: int) -> Iterator[tuple[int, Tensor]]:
+        """All bytes in order, as (where they start in this slice, uint8 tensor of `piece_bytes` bytes); the
+        last piece has what is left. Each is valid until the next one is asked for.
+
+        Raises what `read_into` raises.
+        """
+        buffer = torch.empty(min(piece_bytes, self.nbytes), dtype=torch.uint8)
+        for start in range(0, self.nbytes, piece_bytes):
+            piece = buffer[: self.nbytes - start]
+            self.read_into(piece, start)
+            yield start, piece
 
     def read_into(self, destination: Tensor, start: int = 0) -> None:
         """Read from the file into `destination`, straight into its memory; other threads run meanwhile.

@@ -36,14 +36,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from . import packed_bytes
 from .formats import Format, scaled
-from .unpack import Arithmetic, unpack
+from .unpack import Arithmetic
 
 if TYPE_CHECKING:
     from .mapped_file import FileSlice
-
-# What unpacking writes directly; every other dtype is reached by one more conversion, from fp32.
-_UNPACKED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class PackedTensor(torch.Tensor):
@@ -57,6 +55,9 @@ class PackedTensor(torch.Tensor):
     Attributes:
         format: a row of `formats.FORMATS`, or what `formats.scaled` makes of one.
         source: where in which file the same bytes are; None when they came from elsewhere or were copied.
+
+    Where `packed` aliases the map of a file (`is_mapped`), operations read from the file instead of touching
+    it: a file that has shrunk is a GGUFError then, one that cannot be read an OSError.
 
     Raises ValueError when `packed` is not what `format` needs for `shape`.
     """
@@ -96,6 +97,19 @@ class PackedTensor(torch.Tensor):
         """Bytes of the packed weight (`nbytes` is what it would take unpacked)."""
         return self.packed.nbytes
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether `packed` aliases the map of `source`, so that reading it can end the process."""
+        return packed_bytes.is_mapped(self.packed, self.source)
+
+    def copy_packed(self, destination: Tensor) -> Tensor:
+        """Write the packed bytes into `destination` (uint8, contiguous, of any device) and return it.
+
+        Raises GGUFError or OSError when they have to be read from a file and cannot be.
+        """
+        packed_bytes.copy_bytes(self.packed, self.source, destination)
+        return destination
+
     def dequantize(  # type: ignore[override]
         self,
         dtype: torch.dtype | None = None,
@@ -111,7 +125,8 @@ class PackedTensor(torch.Tensor):
             out: contiguous, of the logical shape, where the result is written; returned.
             arithmetic, computation_dtype: see `unpack.unpack`.
 
-        Raises ValueError when `out` does not fit, and what `unpack` raises for a type that nobody can unpack.
+        Raises ValueError when `out` does not fit, what `unpack` raises for a type that nobody can unpack, and
+        GGUFError or OSError when the bytes have to be read from a file and cannot be.
         """
         if out is None:
             out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.packed.device)
@@ -120,14 +135,15 @@ class PackedTensor(torch.Tensor):
                 f"dequantize(out=...): a contiguous tensor of shape {tuple(self.shape)}"
                 f" and dtype {dtype or out.dtype} is needed, not {tuple(out.shape)} of {out.dtype}"
             )
-        if self.format.dtype is not None and (
-            out.dtype == self.format.dtype or out.dtype not in _UNPACKED_DTYPES
-        ):  # the bytes are the values, in either arithmetic
-            return out.copy_(self.packed.view(-1).view(self.format.dtype).view(self.shape))
-        how: dict[str, Any] = {"arithmetic": arithmetic, "computation_dtype": computation_dtype}
-        if out.dtype in _UNPACKED_DTYPES:
-            return unpack(self.format, self.packed, out, **how)
-        return out.copy_(self.dequantize(torch.float32, **how))
+        packed_bytes.write_values(
+            self.format,
+            self.packed,
+            self.source,
+            out,
+            arithmetic=arithmetic,
+            computation_dtype=computation_dtype,
+        )
+        return out
 
     def with_dtype(self, dtype: torch.dtype) -> PackedTensor:
         """The same bytes with another logical dtype."""
@@ -217,8 +233,9 @@ class PackedTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         packed = self.packed
-        if packed.untyped_storage().nbytes() != packed.nbytes:
-            packed = packed.clone()  # part of an arena: pickle these bytes only
+        # Part of an arena: pickle these bytes only.
+        if self.is_mapped or packed.untyped_storage().nbytes() != packed.nbytes:
+            packed = self.copy_packed(torch.empty_like(packed))
         is_parameter = isinstance(self, torch.nn.Parameter)
         format = (self.format.name, self.format.scale)
         values = (packed, format, tuple(self.shape), self.dtype, is_parameter)

@@ -37,10 +37,16 @@ def _copy_into(func: Any, tensor: Tensor, source: Tensor, non_blocking: bool = F
 # -- Copies and moves ----------------------------------------------------------------------------------------
 
 
-def _copy_of(packed: Tensor, *, pin: bool = False) -> Tensor:
-    if pin or packed.is_pinned():
-        return torch.empty_like(packed, pin_memory=True).copy_(packed)
-    return packed.clone()
+def _copy_of(tensor: PackedTensor, *, pin: bool = False) -> Tensor:
+    return tensor.copy_packed(torch.empty_like(tensor.packed, pin_memory=pin or tensor.packed.is_pinned()))
+
+
+def _packed_on(tensor: PackedTensor, device: torch.device | None, non_blocking: bool) -> Tensor:
+    """The bytes on `device`: those of the tensor themselves where they are there."""
+    packed = tensor.packed
+    if device is None or device.type in (packed.device.type, "meta") or not tensor.is_mapped:
+        return packed.to(device=device, non_blocking=non_blocking)
+    return tensor.copy_packed(torch.empty_like(packed, device=device))
 
 
 def _moved(
@@ -55,9 +61,9 @@ def _moved(
     dtype = dtype or tensor.dtype
     if dtype != tensor.dtype and not (dtype.is_floating_point and tensor.dtype.is_floating_point):
         return tensor.dequantize().to(device=device, dtype=dtype, non_blocking=non_blocking)
-    packed = tensor.packed.to(device=device, non_blocking=non_blocking)
+    packed = _packed_on(tensor, device, non_blocking)
     if packed is tensor.packed and (copy or (pin and not packed.is_pinned())):
-        packed = _copy_of(packed, pin=pin)
+        packed = _copy_of(tensor, pin=pin)
     if packed is not tensor.packed:
         return tensor._with(packed, tensor.shape, dtype=dtype)
     return tensor if dtype == tensor.dtype else tensor.with_dtype(dtype)
@@ -65,7 +71,7 @@ def _moved(
 
 @implements("clone.default")
 def _clone(func: Any, tensor: PackedTensor, *, memory_format: Any = None) -> Any:
-    return tensor._with(_copy_of(tensor.packed), tensor.shape)
+    return tensor._with(_copy_of(tensor), tensor.shape)
 
 
 @implements("_to_copy.default")
@@ -148,7 +154,7 @@ def _is_pinned(func: Any, tensor: PackedTensor, device: Any = None) -> bool:
 
 @implements("pin_memory.default", "_pin_memory.default")
 def _pin_memory(func: Any, tensor: PackedTensor, device: Any = None) -> Any:
-    packed = func(tensor.packed, device)
+    packed = func(_copy_of(tensor) if tensor.is_mapped else tensor.packed, device)
     return tensor if packed is tensor.packed else tensor._with(packed, tensor.shape)
 
 
@@ -237,7 +243,9 @@ def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
     parts = [tensor for tensor in tensors if isinstance(tensor, PackedTensor) and _joins(first, tensor)]
     if len(parts) < len(tensors):
         return NotImplemented
-    packed = torch.cat([part.packed.view(-1) for part in parts])
+    packed = first.packed.new_empty(sum(part.packed_nbytes for part in parts))
+    for part, room in zip(parts, packed.split([part.packed_nbytes for part in parts]), strict=True):
+        part.copy_packed(room)
     return first._with(packed, (sum(part.shape[0] for part in parts), *first.shape[1:]))
 
 

@@ -178,7 +178,7 @@ def a_scalar() -> bytes:
     return gguf_bytes([Tensor("scale", (), "F32")])
 
 
-@oddity("conv  (1 x 1 x 1 x 1 x 1 x 1 x 8 x 256)")
+@oddity("1 x 1 x 1 x 1 x 1 x 1 x 8 x 256  conv")
 def eight_dimensions() -> bytes:
     return gguf_bytes([Tensor("conv", (1, 1, 1, 1, 1, 1, 8, 256))])
 

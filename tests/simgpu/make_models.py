@@ -6,7 +6,9 @@ WHAT: sd15, sd15mini, fluxaux (VAE, CLIP and T5 for Flux), t5q8 (fluxaux's T5 as
 flux:NAME:TYPE:HIDDEN:DOUBLE:SINGLE (a Flux transformer as GGUF); a standard set by default. As GGUF with a
 TYPE for the weights, and only when asked for: unet:sd1:NAME:TYPE, unet:sdxl:NAME:TYPE (small UNets,
 with :F16 at the end for convolutions that are not quantized, in their own shape),
-clip:l:NAME:TYPE, clip:g:NAME:TYPE, t5:NAME:TOKEN_EMBD_TYPE:NORM_TYPE; and sdvae, the UNets' VAE.
+clip:l:NAME:TYPE, clip:g:NAME:TYPE (clipcpp: under clip.cpp's names), sdcpp:sd1:NAME:TYPE and
+sdcpp:sdxl:NAME:TYPE (a whole checkpoint as stable-diffusion.cpp makes it),
+t5:NAME:TOKEN_EMBD_TYPE:NORM_TYPE; and sdvae, the UNets' VAE.
 """
 
 from __future__ import annotations
@@ -109,6 +111,21 @@ T5_NAMES = (
 )
 
 
+# clip.cpp's names for CLIP's tensors; applied in this order.
+CLIP_CPP_NAMES = (
+    ("text_model", "t"),
+    ("encoder.layers", "blk"),
+    ("embeddings.", ""),
+    ("_proj", ""),
+    ("self_attn.", "attn_"),
+    ("layer_norm", "ln"),
+    ("mlp.fc1", "ffn_down"),
+    ("mlp.fc2", "ffn_up"),
+    ("embedding", "embd"),
+    ("final", "post"),
+)
+
+
 def enter_webui(folder: Path) -> None:
     """Makes Forge's modules importable, on the CPU."""
     sys.argv = [sys.argv[0], "--always-cpu"]
@@ -199,7 +216,14 @@ class ModelMaker:
             self.flux(name, ggml_type, *map(int, sizes))
         elif kind in ("sd15", "sd15mini", "sdvae", "fluxaux", "t5q8", "lora") and not details:
             getattr(self, kind)()
-        elif (kind, len(details)) in (("unet", 3), ("unet", 4), ("clip", 3), ("t5", 3)):
+        elif (kind, len(details)) in (
+            ("unet", 3),
+            ("unet", 4),
+            ("clip", 3),
+            ("clipcpp", 3),
+            ("sdcpp", 3),
+            ("t5", 3),
+        ):
             getattr(self, kind)(*details)
         else:
             sys.exit(f"make_models.py: {what} is none of the things it makes:{__doc__.partition('WHAT:')[2]}")
@@ -311,40 +335,70 @@ class ModelMaker:
 
         With `conv_type` as stable-diffusion.cpp makes it: convolutions in that type, and no other shapes.
         """
+        self.save_gguf(arch, f"Stable-diffusion/{name}", self._unet_tensors(arch, ggml_type, conv_type))
+
+    def _unet_tensors(self, arch: str, ggml_type: str, conv_type: str | None):
         shapes = self.unet_shapes(**({**SD1_UNET, **SD1_SMALL} if arch == "sd1" else SDXL_SMALL_UNET))
         rng = np.random.default_rng(0)
-
-        def tensors():
-            for tensor_name, shape in shapes.items():
-                elements = math.prod(shape)
-                if len(shape) == 1 or elements <= 1024 or elements % 256:
-                    yield tensor_name, random_tensor(tensor_name, shape).numpy(), None
-                    continue
-                std = 0.7 / math.sqrt(math.prod(shape[1:]))
-                if conv_type and len(shape) == 4:
-                    yield tensor_name, packed_rows(rng, shape, conv_type, std), conv_type
-                elif shape[-1] % 256 and not conv_type:
-                    rows = packed_rows(rng, (elements // 256, 256), ggml_type, std)
-                    yield tensor_name, rows, ggml_type, shape
-                else:
-                    yield tensor_name, packed_rows(rng, shape, ggml_type, std), ggml_type
-
-        self.save_gguf(arch, f"Stable-diffusion/{name}", tensors())
+        for tensor_name, shape in shapes.items():
+            elements = math.prod(shape)
+            if len(shape) == 1 or elements <= 1024 or elements % 256:
+                yield tensor_name, random_tensor(tensor_name, shape).numpy(), None
+                continue
+            std = 0.7 / math.sqrt(math.prod(shape[1:]))
+            if conv_type and len(shape) == 4:
+                yield tensor_name, packed_rows(rng, shape, conv_type, std), conv_type
+            elif shape[-1] % 256 and not conv_type:
+                rows = packed_rows(rng, (elements // 256, 256), ggml_type, std)
+                yield tensor_name, rows, ggml_type, shape
+            else:
+                yield tensor_name, packed_rows(rng, shape, ggml_type, std), ggml_type
 
     def clip(self, size: str, name: str, ggml_type: str) -> None:
         """CLIP-L or CLIP-G under Hugging Face's names, with every matrix in one type."""
+        self.save_gguf("clip", f"text_encoder/{name}", self._clip_tensors(size, ggml_type))
+
+    def _clip_tensors(self, size: str, ggml_type: str):
         shapes = self.clip_shapes(SD15) if size == "l" else self.clip_shapes(SDXL, folder="text_encoder_2")
         rng = np.random.default_rng(0)
+        for tensor_name, shape in shapes.items():
+            if len(shape) != 2:
+                yield tensor_name, random_tensor(tensor_name, shape).numpy(), None
+                continue
+            std = 0.02 if "embedding" in tensor_name else 0.7 / math.sqrt(shape[1])
+            yield tensor_name, packed_rows(rng, shape, ggml_type, std), ggml_type
+
+    def clipcpp(self, size: str, name: str, ggml_type: str) -> None:
+        """The same as clip.cpp names it."""
 
         def tensors():
-            for tensor_name, shape in shapes.items():
-                if len(shape) != 2:
-                    yield tensor_name, random_tensor(tensor_name, shape).numpy(), None
-                    continue
-                std = 0.02 if "embedding" in tensor_name else 0.7 / math.sqrt(shape[1])
-                yield tensor_name, packed_rows(rng, shape, ggml_type, std), ggml_type
+            for tensor_name, *rest in self._clip_tensors(size, ggml_type):
+                for old, new in CLIP_CPP_NAMES if "projection" not in tensor_name else ():
+                    tensor_name = tensor_name.replace(old, new)
+                yield tensor_name, *rest
 
         self.save_gguf("clip", f"text_encoder/{name}", tensors())
+
+    def sdcpp(self, arch: str, name: str, ggml_type: str) -> None:
+        """A whole checkpoint as stable-diffusion.cpp makes it: every CLIP under Hugging Face's names,
+        convolutions in F16, and 1x1 ones in the place of the linear layers around SDXL's transformers."""
+
+        def tensors():
+            for tensor_name, array, *rest in self._unet_tensors(arch, ggml_type, "F16"):
+                if tensor_name.endswith(("proj_in.weight", "proj_out.weight")) and arch == "sdxl":
+                    columns = array.shape[0]
+                    std = 0.7 / math.sqrt(columns)
+                    array = (torch.randn(columns, columns, 1, 1) * std).half().numpy()
+                    rest = [None]
+                yield f"model.diffusion_model.{tensor_name}", array, *rest
+            for tensor_name, weight in random_state(self.vae_shapes(SD15, "first_stage_model.")).items():
+                yield tensor_name, weight.numpy(), None
+            for size, prefix in (("l", ""), ("g", "1."))[: 1 if arch == "sd1" else 2]:
+                for tensor_name, *rest in self._clip_tensors(size, ggml_type):
+                    tensor_name = tensor_name.replace("text_projection.weight", "text_model.text_projection")
+                    yield f"cond_stage_model.{prefix}transformer.{tensor_name}", *rest
+
+        self.save_gguf(arch, f"Stable-diffusion/{name}", tensors())
 
     def t5(self, name: str, embedding_type: str, norm_type: str) -> None:
         """fluxaux's T5 as t5q8 makes it, with token_embd and the norms in other types."""

@@ -1,0 +1,116 @@
+"""Files of other programs: their tensors under the names, and in the shapes, that Forge knows.
+
+stable-diffusion.cpp converts whole checkpoints, and names every CLIP as Hugging Face does, whichever the
+model has: `cond_stage_model.` for the first, `cond_stage_model.1.` for SDXL's second. Its projection keeps
+the orientation of the checkpoint, OpenCLIP's. The linear layers around a UNet's transformers are 1x1
+convolutions there in some versions. clip.cpp, and llama.cpp after it, shorten CLIP's names: `t.blk.` for the
+text model, `v.blk.` for the vision model. T5 in llama.cpp's names (`enc.blk.`) is known to Forge.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from lib_qswap.quant.model_kind import stranger
+from lib_qswap.quant.packed import PackedTensor
+
+_UNET = "model.diffusion_model."
+_FIRST_CLIP = "cond_stage_model.transformer.text_model."
+_SECOND_CLIP = "cond_stage_model.1.transformer.text_model."
+_TOKENS = "embeddings.token_embedding.weight"
+
+# Widths of the text encoders that checkpoints have one of.
+_CLIP_L, _CLIP_H, _CLIP_G = 768, 1024, 1280
+
+_AROUND_TRANSFORMER = re.compile(r"(.*\.)proj_(?:in|out)\.weight$")
+
+# clip.cpp's names of a text model's tensors, and Hugging Face's.
+_CLIP_CPP = (
+    (r"^t\.token_embd\.", "text_model.embeddings.token_embedding."),
+    (r"^t\.position_embd\.", "text_model.embeddings.position_embedding."),
+    (r"^t\.post_ln\.", "text_model.final_layer_norm."),
+    (r"^t\.blk\.", "text_model.encoder.layers."),
+    (r"\.attn_([qkv])\.", r".self_attn.\1_proj."),
+    (r"\.attn_out\.", ".self_attn.out_proj."),
+    (r"\.ln([12])\.", r".layer_norm\1."),
+)
+_FFN = re.compile(r"(text_model\.encoder\.layers\.)(\d+)\.(ffn_(?:up|down))\.(weight|bias)$")
+
+
+def refusal(names: Mapping[str, object]) -> str | None:
+    """Why Forge has no use for a file with tensors of these names, and what to take instead; None: it may
+    have."""
+    found = stranger(names)
+    if found is None:
+        return None
+    return f"{found.what} ({found.names}), which Forge does not know: take {found.instead}"
+
+
+def known_to_forge(tensors: Mapping[str, PackedTensor]) -> dict[str, PackedTensor]:
+    """The tensors of a file as Forge looks for them; those of the usual files as they are."""
+    if any(name.startswith("t.blk.") for name in tensors):
+        return _from_clip_cpp(tensors)
+    prefixes = _prefixes(tensors)
+    renamed: dict[str, PackedTensor] = {}
+    for name, tensor in tensors.items():
+        old = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        name = prefixes.get(old, "") + name[len(old) :]
+        # OpenCLIP's name says that it has OpenCLIP's orientation.
+        name = name.replace(".model.transformer.text_model.text_projection", ".model.text_projection")
+        if ".self_attn.in_proj." in name:
+            for key, part in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[name.replace(".in_proj.", f".{key}_proj.")] = part  # type: ignore[assignment]
+        else:
+            renamed[name] = _as_matrix(name, tensor, tensors)
+    return renamed
+
+
+def _prefixes(tensors: Mapping[str, PackedTensor]) -> dict[str, str]:
+    """Prefixes of names, and Forge's in their place; the longer ones first."""
+    if all(name.startswith("first_stage_model.") for name in tensors):
+        return {"first_stage_model.": ""}  # A VAE by itself.
+    if f"{_UNET}double_blocks.0.img_attn.qkv.weight" in tensors:  # Flux
+        return {"first_stage_model.": "vae."}
+    if _SECOND_CLIP + _TOKENS in tensors:
+        return {
+            "cond_stage_model.1.": "conditioner.embedders.1.model.",
+            "cond_stage_model.": "conditioner.embedders.0.",
+        }
+    tokens = tensors.get(_FIRST_CLIP + _TOKENS)
+    width = 0 if tokens is None else tokens.shape[-1]
+    if width == _CLIP_H:  # Stable Diffusion 2
+        return {"cond_stage_model.": "cond_stage_model.model."}
+    if width == _CLIP_G:  # SDXL's refiner
+        return {"cond_stage_model.": "conditioner.embedders.0.model."}
+    return {}
+
+
+def _as_matrix(name: str, tensor: PackedTensor, tensors: Mapping[str, PackedTensor]) -> PackedTensor:
+    """A 1x1 convolution before or after a UNet's transformer as the linear layer that it is in all models but
+    Stable Diffusion 1, by which Forge also tells them apart."""
+    match = _AROUND_TRANSFORMER.match(name)
+    if match is None or tensor.dim() != 4 or tensor.shape[2:] != (1, 1):
+        return tensor
+    keys = tensors.get(f"{match[1]}transformer_blocks.0.attn2.to_k.weight")
+    if keys is None or keys.shape[-1] == _CLIP_L:
+        return tensor
+    return PackedTensor(tensor.packed, tensor.format, tensor.shape[:2], tensor.dtype, tensor.source)
+
+
+def _from_clip_cpp(tensors: Mapping[str, PackedTensor]) -> dict[str, PackedTensor]:
+    """CLIP's text model; a vision model that is in the file as well is left out."""
+    renamed: dict[str, PackedTensor] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(("v.", "mm.", "visual_projection.")):
+            continue
+        for pattern, replacement in _CLIP_CPP:
+            name = re.sub(pattern, replacement, name)
+        # clip.cpp calls the first layer ffn_down, others call it ffn_up: it is the one that widens.
+        match = _FFN.match(name)
+        if match is not None:
+            matrix = tensors[f"t.blk.{match[2]}.{match[3]}.weight"]
+            layer = "fc1" if matrix.shape[0] > matrix.shape[1] else "fc2"
+            name = f"{match[1]}{match[2]}.mlp.{layer}.{match[4]}"
+        renamed[name] = tensor
+    return renamed
