@@ -178,21 +178,24 @@ class Device:
     def _clear_error(self) -> None:
         """A refused registration leaves an error behind that the next kernel launch would report as its
         own."""
-        if self.device.type != "cuda" or not torch.cuda.is_available():
-            return
-        for name in (
-            "libcudart.so.13",
-            "libcudart.so.12",
-            "libcudart.so",
-            "cudart64_13.dll",
-            "cudart64_12.dll",
-        ):
+        for name in _cuda_runtimes():
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(name).cudaGetLastError()
                 return
+        # Without the runtime's own call: let some work that nobody needs report it.
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=self.device).add_(1)
-            torch.cuda.synchronize(self.device)
+            self.synchronize()
+
+
+def _cuda_runtimes() -> list[str]:
+    """The files that torch has CUDA's runtime from: each keeps an error state of its own."""
+    if not torch.version.cuda or not torch.cuda.is_available():
+        return []
+    major = torch.version.cuda.partition(".")[0]
+    if sys.platform == "win32":
+        return [f"cudart64_{major}.dll", f"cudart64_{major}0.dll"]
+    return [f"libcudart.so.{major}", f"libcudart.so.{major}.0"]
 
 
 def total_ram_bytes() -> int:
