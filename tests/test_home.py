@@ -102,6 +102,40 @@ def test_the_systems_own_limit_on_page_locking_is_a_step_down(sim, compute_mode,
         assert set(kinds(attachment)) == {"shared"}
 
 
+@pytest.mark.parametrize("location", ["shared", "auto"])
+def test_a_smaller_page_lock_budget_is_kept_by_giving_back_whole_arenas(
+    sim, compute_mode, monkeypatch, tmp_path, location
+):
+    monkeypatch.setattr(arena, "CHUNK_BYTES", 600_000)
+    monkeypatch.setattr(copier, "STAGING_BUFFER_BYTES", 4096)
+    model = sm.build(6, file=tmp_path / "model.gguf")
+    expected = sm.reference(model)
+    options = {"location": location, "ring_bytes": None, "arithmetic": "exact"}
+    with attached(model, device=GPU, location=location, budget_bytes=0, **F32) as attachment:
+        assert set(kinds(attachment)) == {"shared"}
+        attachment.rebalance(4 << 20)  # Some are resident: theirs may have to go, too.
+        limit = attachment.state.pin_budget.used_bytes // 2
+        attachment.configure(pin_budget_bytes=limit, **options)
+        attachment.rebalance(4 << 20)
+        attachment.rebalance(0)
+        held = attachment.state.pin_budget.used_bytes
+        assert sim.stats()["registered_bytes"] == held <= limit
+        assert held > limit // 3
+        for half in (kinds(attachment)[:6], kinds(attachment)[-6:]):
+            assert "shared" in half
+            assert set(half) - {"shared"}
+        locked = [layer for layer in attachment.layers if layer.home.page_locked]
+        homes_before = [layer.home for layer in locked]
+        for budget in (4 << 20, 0):
+            attachment.rebalance(budget)
+            assert torch.equal(sm.run(model, GPU), expected)
+            assert [layer.home for layer in locked] == homes_before
+        attachment.configure(pin_budget_bytes=None, **options)
+        attachment.rebalance(0)
+        assert set(kinds(attachment)) == {"shared"}
+        assert torch.equal(sm.run(model, GPU), expected)
+
+
 def test_the_automatic_page_lock_budget_counts_what_is_locked_already(sim, monkeypatch):
     gb = 1 << 30
     ram = {"total": 64 * gb, "available": 50 * gb}

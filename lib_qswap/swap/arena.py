@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lib_qswap.swap.device import Device, align
-from lib_qswap.swap.home import Home, PinBudget, bytes_of, has_file
+from lib_qswap.swap.home import Home, Owner, PinBudget, bytes_of, has_file
 
 if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer
@@ -43,6 +43,10 @@ class HostBuffer(mmap.mmap):
             with contextlib.suppress(OSError):  # A kernel without them.
                 buffer.madvise(mmap.MADV_HUGEPAGE)
         return buffer
+
+    @property
+    def nbytes(self) -> int:
+        return len(self)
 
     _pin: tuple[Device, PinBudget, int, int] | None = None
 
@@ -73,18 +77,19 @@ class PinnedBlock:
     up."""
 
     def __init__(self, device: Device, budget: PinBudget, nbytes: int) -> None:
-        self._budget, self._taken = budget, 1 << (nbytes - 1).bit_length()
-        if not budget.take(self._taken):
+        self._budget, self.nbytes = budget, 1 << (nbytes - 1).bit_length()
+        if not budget.take(self.nbytes):
+            self.nbytes = 0
             raise MemoryError("the page-lock budget is used up")
         try:
             self.tensor = torch.empty(nbytes, dtype=torch.uint8).pin_memory(device.device)
         except RuntimeError:
-            budget.give(self._taken)
-            self._taken = 0
+            budget.give(self.nbytes)
+            self.nbytes = 0
             raise
 
     def __del__(self) -> None:
-        self._budget.give(self._taken)
+        self._budget.give(self.nbytes)
 
 
 def fill_arena(layers: Sequence[Layer], device: Device, pin_budget: PinBudget | None) -> str | None:
@@ -116,7 +121,7 @@ def fill_arena(layers: Sequence[Layer], device: Device, pin_budget: PinBudget | 
 
 def _allocate(
     nbytes: int, device: Device, pin_budget: PinBudget | None
-) -> tuple[object, torch.Tensor, str | None]:
+) -> tuple[Owner, torch.Tensor, str | None]:
     """Host memory of `nbytes`: (its owner, itself, None or why it is not page-locked although a budget is
     given)."""
     reason = None
@@ -138,7 +143,7 @@ def _fill(layers: Sequence[Layer], memory: torch.Tensor) -> None:
         start += layer.payload_bytes
 
 
-def _settle(layers: Sequence[Layer], owner: object, memory: torch.Tensor) -> None:
+def _settle(layers: Sequence[Layer], owner: Owner, memory: torch.Tensor) -> None:
     """Makes what `_fill` copied the layers' home."""
     start = 0
     for layer in layers:
@@ -167,10 +172,10 @@ def leave_arenas(layers: Iterable[Layer]) -> list[Layer]:
     arenas: dict[int, list[Layer]] = {}
     for layer in layers:
         if layer.home.payload is not None:
-            arenas.setdefault(id(layer.home._owner), []).append(layer)
+            arenas.setdefault(id(layer.home.owner), []).append(layer)
     moved: list[Layer] = []
     for inside in arenas.values():
-        owner = inside[0].home._owner
+        owner = inside[0].home.owner
         if isinstance(owner, HostBuffer) and not any(map(has_file, inside)):
             owner.unlock()  # The only copy: it stays where it is.
             for layer in inside:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -57,6 +57,14 @@ def default_pin_budget_bytes(used_bytes: int = 0) -> int:
     return max(0, int(min(total_ram_bytes() * 0.6, available_ram_bytes() + used_bytes - (4 << 30))))
 
 
+class Owner(Protocol):
+    """Host memory that homes are in. nbytes: what it takes, of the page-lock budget too where it is
+    locked."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 class Home:
     """One layer's master.
 
@@ -64,15 +72,17 @@ class Home:
         kind: read off the storage.
         payload: the whole payload as one run of host memory (uint8, flat), or None where its parts lie apart.
         page_locked: whether the device can read `payload` by itself.
+        owner: of the memory that `payload` is part of; it lives, page-locked or not, as long as one of its
+            layers does.
     """
 
-    __slots__ = ("_owner", "_parts", "kind", "page_locked", "payload")
+    __slots__ = ("_parts", "kind", "owner", "page_locked", "payload")
 
     def __init__(
-        self, parts: Sequence[Part], payload: torch.Tensor | None = None, owner: object = None
+        self, parts: Sequence[Part], payload: torch.Tensor | None = None, owner: Owner | None = None
     ) -> None:
         self._parts = parts
-        self._owner = owner
+        self.owner = owner
         self.payload = payload
         self.page_locked = payload is not None and payload.is_pinned()
         self.kind: HomeKind = "cpu"
@@ -145,8 +155,7 @@ def choose_homes(
             if location == "shared":
                 reasons.append(f"{device.device.type} has no page-locked memory, so Shared is CPU here")
         else:
-            had = sum(layer.payload_bytes for layer in layers if layer.home.page_locked)
-            shared, rest = _share(layers, pin_budget.left_bytes + had)
+            shared, rest = _share_locks(layers, pin_budget)
             if rest and location == "shared":
                 reasons.append(
                     f"{_mb(rest)} MB do not fit into the page-lock budget of "
@@ -170,6 +179,23 @@ def choose_homes(
         if disk:
             reasons.append(f"{_mb(disk)} MB do not fit into RAM and are read from the file")
     return Placement(shared, cpu, disk, "; ".join(reasons) or None)
+
+
+def _share_locks(layers: Sequence[Layer], budget: PinBudget) -> tuple[list[Layer], list[Layer]]:
+    """Which of `layers` are page-locked within the budget, and which are not. Those that are locked stay so,
+    by whole arenas, as many as fit: part of an arena cannot be given back."""
+    owners = {id(lay.home.owner): lay.home.owner for lay in layers if lay.home.page_locked}
+    room_bytes = budget.limit_bytes - budget.used_bytes
+    room_bytes += sum(owner.nbytes for owner in owners.values() if owner is not None)
+    kept: set[int] = set()
+    for key, owner in owners.items():
+        if owner is not None and owner.nbytes <= room_bytes:
+            kept.add(key)
+            room_bytes -= owner.nbytes
+    inside = {id(layer) for layer in layers if layer.home.page_locked and id(layer.home.owner) in kept}
+    more, _ = _share([layer for layer in layers if not layer.home.page_locked], max(0, room_bytes))
+    inside.update(map(id, more))
+    return [lay for lay in layers if id(lay) in inside], [lay for lay in layers if id(lay) not in inside]
 
 
 def _share(layers: Sequence[Layer], room_bytes: int) -> tuple[list[Layer], list[Layer]]:

@@ -17,7 +17,7 @@ from lib_qswap.swap.adaptation import Adaptation
 from lib_qswap.swap.arena import fill_arena, leave_arenas, use_file
 from lib_qswap.swap.device import ALIGNMENT_BYTES, Device, device_of
 from lib_qswap.swap.device_state import state_of
-from lib_qswap.swap.home import LOCATIONS, Location, choose_homes, default_pin_budget_bytes
+from lib_qswap.swap.home import LOCATIONS, Location, choose_homes, default_pin_budget_bytes, has_file
 from lib_qswap.swap.inventory import Inventory
 from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.module_hooks import ModuleHooks
@@ -286,7 +286,13 @@ class Attachment:
         to_lock = [layer for layer in placement.shared if not layer.home.page_locked]
         to_copy = [layer for layer in placement.cpu if layer.home.kind != "cpu"]
         to_file = [layer for layer in placement.disk if layer.home.kind != "disk"]
-        if any(layer.home.page_locked for layer in [*to_copy, *to_file]):
+        left = {id(layer.home.owner) for layer in [*to_copy, *to_file] if layer.home.page_locked}
+        if left:
+            # Residents may have their masters in those arenas, too.
+            moving = {*to_copy, *to_file}
+            behind = [lay for lay in self.layers if id(lay.home.owner) in left and lay not in moving]
+            to_file += [layer for layer in behind if has_file(layer)]
+            to_copy += [layer for layer in behind if not has_file(layer)]
             self.device.synchronize()  # The device may still be reading what is about to be released.
         use_file(to_file)
         fill_arena(to_copy, self.device, None)
