@@ -243,8 +243,11 @@ def test_a_model_that_comes_back_gets_its_plan_without_another_search(monkeypatc
     assert make(total // 2) == (first, False)
     again, searched = make(total // 2 + total // 200, link=1.03e9)
     assert (again.resident, searched) == (first.resident, False)
-    # Another bandwidth, more room, less than the plan needs, other times: another plan.
-    assert make(total // 2, link=1.2e9)[1]
+    for link in (3e8, 5e8, 7e8, 2e9):  # of another bandwidth: where it is as good as any
+        made, searched = make(total // 2, link=link)
+        assert searched or made.step_s <= 1.005 * made.bound_s
+    searches = len(asked)
+    # More room, less than the plan needs, other times: another plan.
     assert make(total * 6 // 10)[1]
     assert make(total * 4 // 10)[1]
     assert make(total // 2, costs=[layer._replace(compute_s=2e-6) for layer in layers])[1]
@@ -257,4 +260,4 @@ def test_a_model_that_comes_back_gets_its_plan_without_another_search(monkeypatc
     assert len(make(total - 1)[0].resident) < len(layers)
     assert make(10)[0].message
     assert make(10) == (make(10)[0], False)
-    assert len(asked) == 8
+    assert len(asked) == searches + 6

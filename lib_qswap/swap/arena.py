@@ -24,8 +24,8 @@ CHUNK_BYTES = 256 << 20
 whole."""
 
 FILL_THREADS = min(4, os.cpu_count() or 1)
-"""Arenas that are filled at once: fresh memory comes from the system at half the speed that a file in its
-cache is read at."""
+"""Arenas that are filled at once: getting fresh memory from the system takes a core longer than reading a
+file from its cache."""
 
 
 class HostBuffer(mmap.mmap):

@@ -181,8 +181,8 @@ class Device:
         for name in _cuda_runtimes():
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(name).cudaGetLastError()
-                return
-        # Without the runtime's own call: let some work that nobody needs report it.
+                break
+        # Where torch has a runtime built in, or is no CUDA: let some work that nobody needs report it.
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=self.device).add_(1)
             self.synchronize()

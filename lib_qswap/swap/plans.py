@@ -15,6 +15,9 @@ KEPT_PLANS = 8
 SAME_LINK = 0.05
 """Two measurements of one link differ by less than this share."""
 
+AT_THE_BOUND = 1.005
+"""A step of no more than its bound times this cannot be had much shorter with any link."""
+
 SAME_BUDGET = 1 / 128
 """A plan serves a larger budget, too, if what it leaves unused is less than this share of the model."""
 
@@ -26,9 +29,8 @@ class _Made(NamedTuple):
     ring_bytes: int | None
     plan: Plan
 
-    def serves(self, budget_bytes: int, link_bytes_per_s: float) -> bool:
-        if abs(link_bytes_per_s - self.link_bytes_per_s) > SAME_LINK * self.link_bytes_per_s:
-            return False
+    def fits(self, budget_bytes: int) -> bool:
+        """Whether another plan would have nothing to gain from this budget."""
         if budget_bytes == self.budget_bytes:
             return True
         total = sum(layer.nbytes for layer in self.layers)
@@ -58,17 +60,16 @@ class Plans:
         well; its times are those of this link."""
         asked = tuple(layers)
         for made in self._made:
-            if (made.layers, made.ring_bytes) == (asked, ring_bytes) and made.serves(
-                budget_bytes, link_bytes_per_s
-            ):
+            if (made.layers, made.ring_bytes) == (asked, ring_bytes) and made.fits(budget_bytes):
                 plan = made.plan
-                return plan._replace(
-                    step_s=planner.predict_step(
-                        asked, plan.resident, ring_bytes=plan.ring_bytes, link_bytes_per_s=link_bytes_per_s
-                    ),
-                    bound_s=planner.bound_step(asked, plan.resident, link_bytes_per_s=link_bytes_per_s),
-                    budget_bytes=budget_bytes if plan.message is None else plan.budget_bytes,
+                step_s = planner.predict_step(
+                    asked, plan.resident, ring_bytes=plan.ring_bytes, link_bytes_per_s=link_bytes_per_s
                 )
+                bound_s = planner.bound_step(asked, plan.resident, link_bytes_per_s=link_bytes_per_s)
+                change = abs(link_bytes_per_s - made.link_bytes_per_s)
+                if change <= SAME_LINK * made.link_bytes_per_s or step_s <= AT_THE_BOUND * bound_s:
+                    planned = budget_bytes if plan.message is None else plan.budget_bytes
+                    return plan._replace(step_s=step_s, bound_s=bound_s, budget_bytes=planned)
         plan = planner.make_plan(
             asked, budget_bytes=budget_bytes, link_bytes_per_s=link_bytes_per_s, ring_bytes=ring_bytes
         )
