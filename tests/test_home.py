@@ -15,6 +15,7 @@ from gguf_writer import Tensor, gguf_bytes
 
 from lib_qswap.quant.gguf_file import GGUFError, MappedFile, open_gguf
 from lib_qswap.swap import arena, copier
+from lib_qswap.swap import device as devices
 from lib_qswap.swap import home as homes
 from lib_qswap.swap.arena import HostBuffer
 from lib_qswap.swap.device import device_of
@@ -134,6 +135,21 @@ def test_a_smaller_page_lock_budget_is_kept_by_giving_back_whole_arenas(
         attachment.rebalance(0)
         assert set(kinds(attachment)) == {"shared"}
         assert torch.equal(sm.run(model, GPU), expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+def test_a_file_that_a_container_has_in_its_cache_takes_no_ram_away(tmp_path, monkeypatch):
+    files = {
+        "memory.max": "3000000",
+        "memory.current": "2500000",
+        "memory.stat": "anon 400000\nfile 2100000\nactive_file 900000\ninactive_file 1100000\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(devices, "CONTROL_GROUP", tmp_path)
+    assert devices.available_ram_bytes() == 2_500_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert devices.available_ram_bytes() > 2_500_000
 
 
 def test_the_automatic_page_lock_budget_counts_what_is_locked_already(sim, monkeypatch):

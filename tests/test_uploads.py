@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import itertools
 import time
+import types
 
 import pytest
 import torch
 
 from lib_qswap.swap import ledger, planner, plans
 from lib_qswap.swap.manager import attach, attached
+from lib_qswap.swap.uploads import Uploads
 
 pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("engine")]
 
@@ -210,6 +212,42 @@ def test_unloading_hundreds_of_layers_takes_the_host_microseconds_each(sim):
             took.append(time.thread_time() - begun)
             attachment.rebalance(1 << 30)
         assert min(took) < 20e-6 * len(sizes)
+
+
+class Waiting:
+    """A layer as `Uploads` sees it."""
+
+    def __init__(self, name, waits):
+        self.name = name
+        self.resident_ready = types.SimpleNamespace(submitted=False) if waits else None
+
+
+def test_only_what_the_running_part_of_a_model_uses_is_uploaded_and_each_once():
+    layers = {name: Waiting(name, name in "acdf") for name in "abcdef"}
+    uploads = Uploads()
+    uploads.expect("encoder", list(layers.values()))
+
+    def sent(swapped):
+        found = uploads.before(layers[swapped] if swapped else None)
+        for layer in found:
+            layer.resident_ready.submitted = True
+        return "".join(layer.name for layer in found)
+
+    assert sent("b") == ""  # nothing runs yet
+    uploads.begin("decoder")
+    assert sent("b") == sent(None) == ""
+    uploads.begin("encoder")
+    assert sent("b") == "a"
+    assert sent("b") == ""
+    layers["c"].resident_ready = None  # evicted meanwhile
+    uploads.begin("encoder")  # its first forward broke off
+    assert sent("e") == "d"
+    assert sent("b") == "f", "what is used first again is used in the next step: after all the rest"
+    assert sent(None) == ""
+    uploads.expect("encoder", [Waiting("g", True)])
+    uploads.forget("encoder")
+    uploads.begin("encoder")
+    assert sent(None) == ""
 
 
 # ------------------------------------------------------------------------------------------ plans made before

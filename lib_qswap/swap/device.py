@@ -22,6 +22,9 @@ ALIGNMENT_BYTES = 256
 any vector load."""
 
 
+CONTROL_GROUP = "/sys/fs/cgroup"
+
+
 def align(nbytes: int) -> int:
     """`nbytes` rounded up to `ALIGNMENT_BYTES`."""
     return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
@@ -206,10 +209,13 @@ def total_ram_bytes() -> int:
 
 
 def available_ram_bytes() -> int:
-    """RAM that can be had without swapping, within the container's limit."""
+    """RAM that can be had without swapping, within the container's limit. What caches files can be had."""
     available = _meminfo("MemAvailable")
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-    return min(available, limit - used) if limit and used else available
+    if not limit or not used:
+        return available
+    cached = _cgroup("memory.stat", "inactive_file") + _cgroup("memory.stat", "active_file")
+    return min(available, limit - used + cached)
 
 
 def give_back_freed_ram() -> None:
@@ -241,9 +247,12 @@ def _meminfo(field: str) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _cgroup(name: str) -> int:
-    with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{name}", encoding="ascii") as file:
-        return int(file.read())
+def _cgroup(name: str, field: str | None = None) -> int:
+    """The number in a file of the control group, or in its line `field`; 0: there is none."""
+    with contextlib.suppress(OSError, ValueError), open(f"{CONTROL_GROUP}/{name}", encoding="ascii") as file:
+        if field is None:
+            return int(file.read())
+        return next((int(line.split()[1]) for line in file if line.startswith(field + " ")), 0)
     return 0
 
 
