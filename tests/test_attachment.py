@@ -73,7 +73,7 @@ def test_detaching_gives_back_the_ram_of_weights_that_are_in_a_file(sim, tmp_pat
     expected = sm.reference(model)
     attachment = lib_qswap.attach(model, device=GPU, location=location, budget_bytes=0, **F32)
     assert torch.equal(sm.run(model, GPU), expected)
-    arenas = {weakref.ref(lay.home._owner) for lay in attachment.layers if lay.home.payload is not None}
+    arenas = {weakref.ref(lay.home.owner) for lay in attachment.layers if lay.home.payload is not None}
     assert arenas
     attachment.detach()
     assert {arena() for arena in arenas} == {None}

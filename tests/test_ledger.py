@@ -128,6 +128,7 @@ def test_states_follow_what_the_device_has_done_and_not_what_was_asked(sim):
 def test_an_unloaded_model_is_there_and_not_active(sim):
     model = sm.build()
     with attached(model, device=GPU, location="shared", budget_bytes=1 << 30, **F32) as attachment:
+        sim.synchronize()
         assert set(states().values()) == {"resident"}
         attachment.unload()
         entry = only_model()

@@ -20,6 +20,7 @@ from lib_qswap.swap.device import device_of
 
 RESIDENT_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 STEPS = 4
+OPENINGS = 3
 # The smallest image, so that bytes and not products decide the step.
 STEP_PIXELS = 4 * PIXELS_PER_TOKEN
 
@@ -54,11 +55,14 @@ def dequant(options: Options, device: torch.device) -> Result:
 def load(options: Options, device: torch.device) -> Result:
     """Opening the demo model, and attaching it with nothing resident, for each location."""
     path = demo_file(options.quant)
-    started = time.perf_counter()
-    open_gguf(path)
+    openings = []
+    for _ in range(OPENINGS):
+        started = time.perf_counter()
+        open_gguf(path)
+        openings.append(time.perf_counter() - started)
     result: dict[str, Any] = {
         "file_bytes": path.stat().st_size,
-        "open_s": time.perf_counter() - started,
+        "open_s": min(openings),
         "attach_s": {},
     }
     for location in ("disk", "cpu", "shared"):

@@ -137,6 +137,7 @@ class StandaloneHost:
             compute_dtype=self._dtype,
             name=self.path.stem,
         )
+        self._attachment.begin_uploads()  # Whoever opened the file still has to press the button.
 
     @property
     def packed_bytes(self) -> int:

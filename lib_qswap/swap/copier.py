@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib_qswap.swap import ledger
+from lib_qswap.swap.arena import HostBuffer, PinnedBlock
 from lib_qswap.swap.device import Device
-from lib_qswap.swap.home import HostBuffer, PinBudget, PinnedBlock
+from lib_qswap.swap.home import PinBudget
 
 if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer
@@ -40,6 +41,7 @@ class Transfer:
             are set.
         issued: set once the copy has been handed to the device; the event of each transfer that another
             thread hands over, one for all that need none of their own.
+        uploads: whether it makes its layer resident.
         error: why the bytes are not there, if so.
     """
 
@@ -54,11 +56,20 @@ class Transfer:
         "slot",
         "started",
         "target",
+        "uploads",
         "waits",
     )
 
-    def __init__(self, layer: Layer, target: torch.Tensor, slot: Slot | None, waits: list[Any]) -> None:
-        self.layer, self.target, self.slot, self.waits = layer, target, slot, waits
+    def __init__(
+        self,
+        layer: Layer,
+        target: torch.Tensor,
+        slot: Slot | None,
+        waits: list[Any],
+        *,
+        uploads: bool = False,
+    ) -> None:
+        self.layer, self.target, self.slot, self.waits, self.uploads = layer, target, slot, waits, uploads
         self.nbytes = target.numel()
         self.started: Any = None
         self.ready: Any = None
@@ -68,6 +79,11 @@ class Transfer:
         self.error: BaseException | None = None
 
     @property
+    def submitted(self) -> bool:
+        """Whether the copier has it."""
+        return self.started is not None
+
+    @property
     def begun(self) -> bool:
         """Whether bytes are on their way: the device has come to the copy."""
         return self.recorded and self.started.query()
@@ -75,7 +91,7 @@ class Transfer:
     @property
     def arrived(self) -> bool:
         """Whether all bytes are there."""
-        return self.issued.is_set() and self.error is None and self.ready.query()
+        return self.submitted and self.issued.is_set() and self.error is None and bool(self.ready.query())
 
 
 class Copier:

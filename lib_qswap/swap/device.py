@@ -22,6 +22,9 @@ ALIGNMENT_BYTES = 256
 any vector load."""
 
 
+CONTROL_GROUP = "/sys/fs/cgroup"
+
+
 def align(nbytes: int) -> int:
     """`nbytes` rounded up to `ALIGNMENT_BYTES`."""
     return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
@@ -178,21 +181,24 @@ class Device:
     def _clear_error(self) -> None:
         """A refused registration leaves an error behind that the next kernel launch would report as its
         own."""
-        if self.device.type != "cuda" or not torch.cuda.is_available():
-            return
-        for name in (
-            "libcudart.so.13",
-            "libcudart.so.12",
-            "libcudart.so",
-            "cudart64_13.dll",
-            "cudart64_12.dll",
-        ):
+        for name in _cuda_runtimes():
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(name).cudaGetLastError()
-                return
+                break
+        # Where torch has a runtime built in, or is no CUDA: let some work that nobody needs report it.
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=self.device).add_(1)
-            torch.cuda.synchronize(self.device)
+            self.synchronize()
+
+
+def _cuda_runtimes() -> list[str]:
+    """The files that torch has CUDA's runtime from: each keeps an error state of its own."""
+    if not torch.version.cuda or not torch.cuda.is_available():
+        return []
+    major = torch.version.cuda.partition(".")[0]
+    if sys.platform == "win32":
+        return [f"cudart64_{major}.dll", f"cudart64_{major}0.dll"]
+    return [f"libcudart.so.{major}", f"libcudart.so.{major}.0"]
 
 
 def total_ram_bytes() -> int:
@@ -203,10 +209,13 @@ def total_ram_bytes() -> int:
 
 
 def available_ram_bytes() -> int:
-    """RAM that can be had without swapping, within the container's limit."""
+    """RAM that can be had without swapping, within the container's limit. What caches files can be had."""
     available = _meminfo("MemAvailable")
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-    return min(available, limit - used) if limit and used else available
+    if not limit or not used:
+        return available
+    cached = _cgroup("memory.stat", "inactive_file") + _cgroup("memory.stat", "active_file")
+    return min(available, limit - used + cached)
 
 
 def give_back_freed_ram() -> None:
@@ -238,9 +247,12 @@ def _meminfo(field: str) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _cgroup(name: str) -> int:
-    with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{name}", encoding="ascii") as file:
-        return int(file.read())
+def _cgroup(name: str, field: str | None = None) -> int:
+    """The number in a file of the control group, or in its line `field`; 0: there is none."""
+    with contextlib.suppress(OSError, ValueError), open(f"{CONTROL_GROUP}/{name}", encoding="ascii") as file:
+        if field is None:
+            return int(file.read())
+        return next((int(line.split()[1]) for line in file if line.startswith(field + " ")), 0)
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lib_qswap.swap import ledger
 from lib_qswap.swap.copier import Copier
 from lib_qswap.swap.device import Device
 from lib_qswap.swap.execute import Scratch
@@ -63,7 +64,9 @@ class DeviceState:
         scratch = max((model.scratch_bytes for model in self.active), default=0)
         self.streamer.resize(ring)
         self.scratch.resize(scratch)
-        self.copier.use_worker(any(model.needs_worker() for model in self.active))
+        # Starting and ending the worker locks and unlocks memory: not each time that models take turns.
+        models = [m for m in ledger.attachments() if m.state is self] if self.copier.staged else self.active
+        self.copier.use_worker(any(model.needs_worker() for model in models))
 
 
 _states: dict[torch.device, DeviceState] = {}

@@ -6,15 +6,14 @@ A home's kind is read off its storage once, when it is bound; it is never what a
 from __future__ import annotations
 
 import ctypes
-import mmap
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 
 from lib_qswap.swap import planner
-from lib_qswap.swap.device import Device, align, available_ram_bytes, total_ram_bytes
+from lib_qswap.swap.device import Device, available_ram_bytes, total_ram_bytes
 
 if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer, Part
@@ -22,10 +21,6 @@ if TYPE_CHECKING:
 HomeKind = Literal["shared", "cpu", "disk"]
 Location = Literal["auto", "gpu", "shared", "cpu", "disk"]
 LOCATIONS: tuple[Location, ...] = ("auto", "gpu", "shared", "cpu", "disk")
-
-CHUNK_BYTES = 256 << 20
-"""An arena is page-locked in pieces of about this size, so that a refusal costs one piece and not the
-whole."""
 
 RAM_RESERVE_BYTES = 1536 << 20
 """RAM that placing weights leaves to everybody else."""
@@ -53,67 +48,21 @@ class PinBudget:
         self.used_bytes -= nbytes
 
 
-def default_pin_budget_bytes() -> int:
+def default_pin_budget_bytes(used_bytes: int = 0) -> int:
     """40 % of RAM on Windows (its own limit is about half, shared with every process); elsewhere 60 %, or
-    what is available less 4 GB if that is less."""
+    what is available less 4 GB if that is less. `used_bytes`: what is page-locked already, and therefore no
+    longer available, but part of the budget."""
     if sys.platform == "win32":
         return int(total_ram_bytes() * 0.4)
-    return max(0, int(min(total_ram_bytes() * 0.6, available_ram_bytes() - (4 << 30))))
+    return max(0, int(min(total_ram_bytes() * 0.6, available_ram_bytes() + used_bytes - (4 << 30))))
 
 
-class HostBuffer(mmap.mmap):
-    """Anonymous memory of an exact size, page-aligned, that gives its page-lock back when its last view
-    goes."""
+class Owner(Protocol):
+    """Host memory that homes are in. nbytes: what it takes, of the page-lock budget too where it is
+    locked."""
 
-    @classmethod
-    def of(cls, nbytes: int) -> HostBuffer:
-        """`nbytes` of zeros."""
-        if sys.platform == "win32":
-            return cls(-1, nbytes)
-        # Not shared, the default: such pages are a file's, and are swapped out and counted as one's.
-        return cls(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-    _pin: tuple[Device, PinBudget, int, int] | None = None
-
-    def lock(self, device: Device, budget: PinBudget, tensor: torch.Tensor) -> str | None:
-        """Page-locks this memory for `device`. Returns None when that worked, else why it did not."""
-        if not budget.take(tensor.numel()):
-            return "the page-lock budget is used up"
-        if reason := device.register(tensor):
-            budget.give(tensor.numel())
-            return reason
-        self._pin = (device, budget, tensor.data_ptr(), tensor.numel())
-        return None
-
-    def unlock(self) -> None:
-        """Makes it ordinary memory again; nothing may be reading it for a device."""
-        if self._pin is not None:
-            (device, budget, address, nbytes), self._pin = self._pin, None
-            device.unregister(address)
-            budget.give(nbytes)
-
-    def __del__(self) -> None:
-        if not sys.is_finalizing():
-            self.unlock()
-
-
-class PinnedBlock:
-    """Page-locked memory from torch's own allocator, for devices that cannot lock existing memory; it rounds
-    up."""
-
-    def __init__(self, device: Device, budget: PinBudget, nbytes: int) -> None:
-        self._budget, self._taken = budget, 1 << (nbytes - 1).bit_length()
-        if not budget.take(self._taken):
-            raise MemoryError("the page-lock budget is used up")
-        try:
-            self.tensor = torch.empty(nbytes, dtype=torch.uint8).pin_memory(device.device)
-        except RuntimeError:
-            budget.give(self._taken)
-            self._taken = 0
-            raise
-
-    def __del__(self) -> None:
-        self._budget.give(self._taken)
+    @property
+    def nbytes(self) -> int: ...
 
 
 class Home:
@@ -123,15 +72,17 @@ class Home:
         kind: read off the storage.
         payload: the whole payload as one run of host memory (uint8, flat), or None where its parts lie apart.
         page_locked: whether the device can read `payload` by itself.
+        owner: of the memory that `payload` is part of; it lives, page-locked or not, as long as one of its
+            layers does.
     """
 
-    __slots__ = ("_owner", "_parts", "kind", "page_locked", "payload")
+    __slots__ = ("_parts", "kind", "owner", "page_locked", "payload")
 
     def __init__(
-        self, parts: Sequence[Part], payload: torch.Tensor | None = None, owner: object = None
+        self, parts: Sequence[Part], payload: torch.Tensor | None = None, owner: Owner | None = None
     ) -> None:
         self._parts = parts
-        self._owner = owner
+        self.owner = owner
         self.payload = payload
         self.page_locked = payload is not None and payload.is_pinned()
         self.kind: HomeKind = "cpu"
@@ -204,8 +155,7 @@ def choose_homes(
             if location == "shared":
                 reasons.append(f"{device.device.type} has no page-locked memory, so Shared is CPU here")
         else:
-            had = sum(layer.payload_bytes for layer in layers if layer.home.page_locked)
-            shared, rest = _share(layers, pin_budget.left_bytes + had)
+            shared, rest = _share_locks(layers, pin_budget)
             if rest and location == "shared":
                 reasons.append(
                     f"{_mb(rest)} MB do not fit into the page-lock budget of "
@@ -214,16 +164,16 @@ def choose_homes(
     disk: list[Layer] = []
     cpu = rest
     if location == "disk":
-        disk = [layer for layer in rest if _has_file(layer)]
-        cpu = [layer for layer in rest if not _has_file(layer)]
+        disk = [layer for layer in rest if has_file(layer)]
+        cpu = [layer for layer in rest if not has_file(layer)]
         if cpu:
             reasons.append(f"{_mb(cpu)} MB have no file to be read from and stay in RAM")
     elif (need := sum(map(_new_ram_bytes, [*shared, *rest]))) > (
         room := available_ram_bytes() - RAM_RESERVE_BYTES
     ):
         movable = [layer for layer in rest if _new_ram_bytes(layer)]
-        _, out = _share(movable, max(0, _bytes(movable) - (need - room)))
-        disk = [layer for layer in out if _has_file(layer)]
+        _, out = _share(movable, max(0, bytes_of(movable) - (need - room)))
+        disk = [layer for layer in out if has_file(layer)]
         gone = {id(layer) for layer in disk}
         cpu = [layer for layer in rest if id(layer) not in gone]
         if disk:
@@ -231,9 +181,26 @@ def choose_homes(
     return Placement(shared, cpu, disk, "; ".join(reasons) or None)
 
 
+def _share_locks(layers: Sequence[Layer], budget: PinBudget) -> tuple[list[Layer], list[Layer]]:
+    """Which of `layers` are page-locked within the budget, and which are not. Those that are locked stay so,
+    by whole arenas, as many as fit: part of an arena cannot be given back."""
+    owners = {id(lay.home.owner): lay.home.owner for lay in layers if lay.home.page_locked}
+    room_bytes = budget.limit_bytes - budget.used_bytes
+    room_bytes += sum(owner.nbytes for owner in owners.values() if owner is not None)
+    kept: set[int] = set()
+    for key, owner in owners.items():
+        if owner is not None and owner.nbytes <= room_bytes:
+            kept.add(key)
+            room_bytes -= owner.nbytes
+    inside = {id(layer) for layer in layers if layer.home.page_locked and id(layer.home.owner) in kept}
+    more, _ = _share([layer for layer in layers if not layer.home.page_locked], max(0, room_bytes))
+    inside.update(map(id, more))
+    return [lay for lay in layers if id(lay) in inside], [lay for lay in layers if id(lay) not in inside]
+
+
 def _share(layers: Sequence[Layer], room_bytes: int) -> tuple[list[Layer], list[Layer]]:
     """Spreads `room_bytes` over `layers`: (those that get in, the others)."""
-    total = _bytes(layers)
+    total = bytes_of(layers)
     if total <= room_bytes:
         return list(layers), []
     chosen = planner.spread([layer.payload_bytes for layer in layers], room_bytes / total if total else 0.0)
@@ -248,101 +215,18 @@ def _share(layers: Sequence[Layer], room_bytes: int) -> tuple[list[Layer], list[
     return inside, outside
 
 
-def _bytes(layers: Iterable[Layer]) -> int:
+def bytes_of(layers: Iterable[Layer]) -> int:
     return sum(layer.payload_bytes for layer in layers)
 
 
 def _mb(layers: Iterable[Layer]) -> str:
-    return f"{_bytes(layers) / 2**20:.0f}"
+    return f"{bytes_of(layers) / 2**20:.0f}"
 
 
-def _has_file(layer: Layer) -> bool:
+def has_file(layer: Layer) -> bool:
     return any(part.source is not None for part in layer.parts)
 
 
 def _new_ram_bytes(layer: Layer) -> int:
     """RAM that a copy of the layer would take beyond what it takes now."""
     return layer.payload_bytes if layer.home.kind == "disk" else 0
-
-
-def fill_arena(layers: Sequence[Layer], device: Device, pin_budget: PinBudget | None) -> str | None:
-    """Copies the masters of `layers` into RAM of the exact size, page-locked if a budget is given, and makes
-    it their home.
-
-    Returns None, or why some of it could not be page-locked (it is ordinary RAM then).
-    """
-    refused: str | None = None
-    for group in _chunks(layers):
-        nbytes = _bytes(group)
-        owner: object
-        block = None
-        if pin_budget is not None and not device.can_register:
-            try:
-                block = PinnedBlock(device, pin_budget, nbytes)
-            except (RuntimeError, MemoryError) as error:
-                refused = str(error)
-        if block is not None:
-            owner, memory = block, block.tensor
-        else:
-            owner = buffer = HostBuffer.of(nbytes)
-            memory = torch.frombuffer(buffer, dtype=torch.uint8)
-        start = 0
-        for layer in group:
-            payload = memory[start : start + layer.payload_bytes]
-            layer.home.read_into(payload, 0)
-            start += layer.payload_bytes
-        if pin_budget is not None and device.can_register:
-            # After the copy: locking memory that has its pages already is several times faster.
-            refused = buffer.lock(device, pin_budget, memory) or refused
-        start = 0
-        for layer in group:
-            layer.home = Home(layer.parts, memory[start : start + layer.payload_bytes], owner)
-            start += layer.payload_bytes
-            for part in layer.parts:
-                if part.source is None:
-                    part.data = None  # The arena has the only copy now.
-    return refused
-
-
-def use_file(layers: Sequence[Layer]) -> None:
-    """Makes the model's own file the home of `layers`; parts that are in no file stay in RAM, one by one."""
-    for layer in layers:
-        for part in layer.parts:
-            if part.source is None and part.data is None:
-                assert layer.home.payload is not None
-                part.data = layer.home.payload[part.offset_bytes : part.offset_bytes + part.nbytes].clone()
-        layer.home = Home(layer.parts)
-
-
-def leave_arenas(layers: Iterable[Layer]) -> list[Layer]:
-    """Takes back what `fill_arena` did: page-locks are given back, and RAM where a file has the same bytes.
-
-    Returns the layers whose masters are elsewhere now.
-    """
-    arenas: dict[int, list[Layer]] = {}
-    for layer in layers:
-        if layer.home.payload is not None:
-            arenas.setdefault(id(layer.home._owner), []).append(layer)
-    moved: list[Layer] = []
-    for inside in arenas.values():
-        owner = inside[0].home._owner
-        if isinstance(owner, HostBuffer) and not any(map(_has_file, inside)):
-            owner.unlock()  # The only copy: it stays where it is.
-            for layer in inside:
-                layer.home = Home(layer.parts, layer.home.payload, owner)
-        else:
-            use_file(inside)
-            moved += inside
-    return moved
-
-
-def _chunks(layers: Sequence[Layer]) -> list[list[Layer]]:
-    groups: list[list[Layer]] = []
-    room = 0
-    for layer in layers:
-        if layer.payload_bytes > room or not groups:
-            groups.append([])
-            room = max(CHUNK_BYTES, align(layer.payload_bytes))
-        groups[-1].append(layer)
-        room -= layer.payload_bytes
-    return groups

@@ -113,7 +113,7 @@ class Layer:
         payload_bytes: of all parts together, each aligned.
         home: where its master lives.
         resident: a permanent copy of the payload on the device, or None.
-        resident_ready: the event after which `resident` holds the bytes; None once compute has been
+        resident_ready: the transfer after which `resident` holds the bytes; None once compute has been
             ordered after it.
     """
 

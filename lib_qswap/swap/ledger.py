@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lib_qswap.quant import kernels
 
 if TYPE_CHECKING:
+    from lib_qswap.swap.layer import Layer
     from lib_qswap.swap.manager import Attachment
 
 SCHEMA = 1
@@ -106,7 +107,7 @@ def model_snapshot(model: Attachment) -> dict[str, Any]:
     for index, layer in enumerate(model.layers):
         home = layer.home
         pinned += layer.payload_bytes if home.page_locked else 0
-        state = "resident" if layer.resident is not None else states.get(layer, "swapped")
+        state = _resident_state(layer) or states.get(layer, "swapped")
         layers.append(
             {
                 "i": index,
@@ -141,6 +142,16 @@ def model_snapshot(model: Attachment) -> dict[str, Any]:
         "step": _step_snapshot(model, swapped),
         "layers": layers,
     }
+
+
+def _resident_state(layer: Layer) -> str | None:
+    """What there is of a resident by now: its copy may be under way, or still to come. None: it is none."""
+    if layer.resident is None:
+        return None
+    upload = layer.resident_ready
+    if upload is None or upload.arrived:
+        return "resident"
+    return "fetching" if upload.begun else "swapped"
 
 
 def _microseconds(seconds: float | None) -> float | None:

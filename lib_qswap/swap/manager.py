@@ -12,23 +12,17 @@ from typing import Any
 import torch
 
 from lib_qswap.quant.unpack import Arithmetic
-from lib_qswap.swap import ledger, planner, profile
+from lib_qswap.swap import ledger, profile
 from lib_qswap.swap.adaptation import Adaptation
+from lib_qswap.swap.arena import fill_arena, leave_arenas, use_file
 from lib_qswap.swap.device import ALIGNMENT_BYTES, Device, device_of
 from lib_qswap.swap.device_state import state_of
-from lib_qswap.swap.home import (
-    LOCATIONS,
-    Location,
-    choose_homes,
-    default_pin_budget_bytes,
-    fill_arena,
-    leave_arenas,
-    use_file,
-)
+from lib_qswap.swap.home import LOCATIONS, Location, choose_homes, default_pin_budget_bytes, has_file
 from lib_qswap.swap.inventory import Inventory
 from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.module_hooks import ModuleHooks
 from lib_qswap.swap.planner import Plan
+from lib_qswap.swap.plans import Plans
 from lib_qswap.swap.profile import Work
 from lib_qswap.swap.run import Run
 from lib_qswap.swap.streamer import Lease, ResidentLease
@@ -84,6 +78,7 @@ class Attachment:
         self.spare_bytes = 0
         self.grown_bytes = 0
         self.adaptation = Adaptation(self)
+        self._plans = Plans()
         self.inventory = Inventory(module, can_swap, borrows)
         self.layers = self.inventory.layers
         self.gathered = self.inventory.gathered
@@ -165,8 +160,7 @@ class Attachment:
 
     def _limit_pins(self, nbytes: int | None) -> None:
         budget = self.state.pin_budget
-        # What is page-locked already is no longer available, and still within the default.
-        budget.limit_bytes = default_pin_budget_bytes() + budget.used_bytes if nbytes is None else nbytes
+        budget.limit_bytes = default_pin_budget_bytes(budget.used_bytes) if nbytes is None else nbytes
 
     # ------------------------------------------------------------------------------------------------ balance
     def rebalance(self, budget_bytes: int | None = None, *, spare_bytes: int = 0) -> None:
@@ -243,19 +237,28 @@ class Attachment:
         self.state.fit()
         if not was_active:
             self.inventory.bind_fixed_to(self.device.device)
-        for layer in self.layers:
-            if layer.name in resident and layer.resident is None:
-                self.state.streamer.upload(layer)
+        self.state.streamer.upload(
+            [layer for layer in self.layers if layer.name in resident and layer.resident is None]
+        )
+        outside = set(self.layers)
         for reference in self.roots:
             root = reference()
             if root is not None:
-                inside = set(map(id, root.modules()))
-                swapped = [lay for lay in self.layers if lay.resident is None and id(lay.module()) in inside]
-                self.state.streamer.order.expect(id(root), swapped)
+                modules = set(map(id, root.modules()))
+                inside = [layer for layer in self.layers if id(layer.module()) in modules]
+                outside.difference_update(inside)
+                self.state.streamer.expect(id(root), inside)
+        # Nothing else is copied, or nobody says when they are used.
+        at_once = outside if any(layer.resident is None for layer in self.layers) else self.layers
+        self.state.streamer.begin_uploads(at_once)
+
+    def begin_uploads(self) -> None:
+        """Begins the copies of all residents now, for a host that will not run the model at once."""
+        self.state.streamer.begin_uploads(self.layers)
 
     def make_plan(self, budget_bytes: int) -> Plan:
         """The plan for `budget_bytes`, from measured times where there are any; nothing is changed."""
-        return planner.make_plan(
+        return self._plans.make(
             profile.costs(self.layers),
             # The ring comes in whole alignments: a budget that does not would be passed by the rest.
             budget_bytes=max(0, budget_bytes - self.fixed_bytes - self.scratch_bytes)
@@ -283,7 +286,13 @@ class Attachment:
         to_lock = [layer for layer in placement.shared if not layer.home.page_locked]
         to_copy = [layer for layer in placement.cpu if layer.home.kind != "cpu"]
         to_file = [layer for layer in placement.disk if layer.home.kind != "disk"]
-        if any(layer.home.page_locked for layer in [*to_copy, *to_file]):
+        left = {id(layer.home.owner) for layer in [*to_copy, *to_file] if layer.home.page_locked}
+        if left:
+            # Residents may have their masters in those arenas, too.
+            moving = {*to_copy, *to_file}
+            behind = [lay for lay in self.layers if id(lay.home.owner) in left and lay not in moving]
+            to_file += [layer for layer in behind if has_file(layer)]
+            to_copy += [layer for layer in behind if not has_file(layer)]
             self.device.synchronize()  # The device may still be reading what is about to be released.
         use_file(to_file)
         fill_arena(to_copy, self.device, None)
@@ -291,6 +300,8 @@ class Attachment:
         refused = fill_arena(to_lock, self.device, budget)
         self._bind_masters(to_lock)
         if refused:
+            self.state.copier.use_worker(True)
+            budget.limit_bytes = budget.used_bytes  # Asking again, and copying for it, would be in vain.
             ledger.message(
                 f"{self.name}: {refused}; what could not be page-locked is read from ordinary RAM. "
                 "Lower the page-lock budget, or choose CPU.",
@@ -388,15 +399,15 @@ class Attachment:
                 self.inventory.bind_fixed_to_masters()
             self.plan, self.grown_bytes = None, 0
             for key in self._root_keys:
-                self.state.streamer.order.forget(key)
+                self.state.streamer.forget(key)
             self.state.active.discard(self)
             self.state.fit()
 
     def release(self) -> None:
         """The last of it: the model is gone, or is given back to its host."""
+        ledger.unregister(self)
         self.unload()
         self.state.copier.finish()  # Whoever has the masters now may free them.
-        ledger.unregister(self)
 
     def detach(self) -> None:
         """Gives the module back as it was: its own forwards, its parameters on the CPU (still packed), those

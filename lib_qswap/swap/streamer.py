@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.order import Order
 from lib_qswap.swap.ring import Ring
 from lib_qswap.swap.timeline import Timeline
+from lib_qswap.swap.uploads import Uploads, is_waiting
 
 KEPT_VIEWS = 4096
 NO_BYTES = torch.empty(0, dtype=torch.uint8)
@@ -75,6 +76,7 @@ class Streamer:
         self.overflows = 0
         self.wrap = False
         self._lock = threading.Lock()
+        self._uploads = Uploads()
         self._ring = Ring(0)
         self._buffer: torch.Tensor | None = None
         self._views: dict[tuple[int, Layer], dict[str, torch.Tensor]] = {}
@@ -128,26 +130,46 @@ class Streamer:
         leased but, perhaps, `besides`."""
         return not self._lock.locked() and all(transfer.layer in besides for transfer in [*self._leased])
 
-    def upload(self, layer: Layer) -> None:
-        """Begins the copy that makes `layer` resident; compute is ordered after it at the layer's first use.
+    def expect(self, root: Hashable, layers: Sequence[Layer]) -> None:
+        """The model `root` runs through these layers, resident and swapped ones, in about this order. Only
+        between steps."""
+        self.order.expect(root, [layer for layer in layers if layer.resident is None])
+        self._uploads.expect(root, layers)
+
+    def forget(self, root: Hashable) -> None:
+        """The model `root` is on the device no more."""
+        self.order.forget(root)
+        self._uploads.forget(root)
+
+    def upload(self, layers: Sequence[Layer]) -> None:
+        """Makes `layers` resident. Their copies begin with the first step of their model, each in its turn
+        among the swapped layers, unless `begin_uploads` comes before; compute is ordered after each at its
+        layer's first use.
 
         Raises:
-            torch.OutOfMemoryError: the device has no room for it.
+            torch.OutOfMemoryError: the device has no room for them.
         """
-        with torch.inference_mode(False):
-            target = torch.empty(layer.payload_bytes, dtype=torch.uint8, device=self.device.device)
-        self.device.order(self.device.current_stream(), self.copier.stream)
-        layer.resident = target
-        layer.lease = ResidentLease(layer.part_views(target))
-        layer.resident_ready = Transfer(layer, target, None, [])
-        self.copier.submit(layer.resident_ready)
+        for layer in layers:
+            with torch.inference_mode(False):
+                target = torch.empty(layer.payload_bytes, dtype=torch.uint8, device=self.device.device)
+            layer.resident = target
+            layer.lease = ResidentLease(layer.part_views(target))
+            layer.resident_ready = Transfer(layer, target, None, [], uploads=True)
+        if layers:  # Work on memory that was freed for them may still be under way.
+            self.device.order(self.device.current_stream(), self.copier.stream)
+
+    def begin_uploads(self, layers: Iterable[Layer]) -> None:
+        """Begins the copies of those of `layers` that have been made resident and still wait for theirs."""
+        for layer in layers:
+            if is_waiting(layer):
+                self.copier.submit(layer.resident_ready)
 
     def evict(self, layers: Sequence[Layer]) -> None:
         """Drops the permanent copies of `layers`; nothing is moved. Only between steps."""
-        pending = [layer.resident_ready for layer in layers if layer.resident_ready is not None]
-        if pending:
-            for transfer in pending:
-                transfer.cancelled = True
+        begun = [layer for layer in layers if layer.resident_ready is not None and not is_waiting(layer)]
+        if begun:
+            for layer in begun:
+                layer.resident_ready.cancelled = True
             self.copier.drain()
             self.device.order(self.copier.stream, self.device.current_stream())
         for layer in layers:
@@ -163,6 +185,7 @@ class Streamer:
             if not self.order.begin(root):
                 self._drop_ahead()
             self.wrap = self.order.repeats if wrap is None else wrap
+            self._uploads.begin(root)
             self.timeline.begin(root, measured)
             self._prefetch()
 
@@ -179,9 +202,8 @@ class Streamer:
         layer.times.uses += 1
         if layer.resident is not None:
             if layer.resident_ready is not None:
-                self._await(layer.resident_ready)
-                layer.resident_ready = None
-            if self.timeline.profiling:
+                self._await_resident(layer)
+            elif self.timeline.profiling:
                 self.timeline.used(layer, None, self.device.current_stream())
             return layer.lease
         with self._lock:
@@ -202,6 +224,14 @@ class Streamer:
             parts = self._views[key] = transfer.layer.part_views(transfer.target)
         return parts
 
+    def _await_resident(self, layer: Layer) -> None:
+        """The first use of a resident: its copy may be under way, or still to come."""
+        if is_waiting(layer):
+            with self._lock:
+                self.begin_uploads([layer])
+        self._await(layer.resident_ready)
+        layer.resident_ready = None
+
     def _await(self, transfer: Transfer) -> None:
         stream = self.device.current_stream()
         begun = self.timeline.mark(stream)
@@ -211,12 +241,11 @@ class Streamer:
             with self._lock:
                 if transfer in self._leased:
                     self._give_back(transfer)
-            if transfer is transfer.layer.resident_ready:
+            if transfer.uploads:
                 self.evict([transfer.layer])
             raise transfer.error
         self.device.wait(transfer.ready, stream)
-        if transfer is not transfer.layer.resident_ready:
-            self.timeline.used(transfer.layer, transfer, stream, begun)
+        self.timeline.used(transfer.layer, transfer, stream, begun)
 
     def _claim(self, layer: Layer) -> Transfer:
         expected = self.order.use(layer)
@@ -233,6 +262,7 @@ class Streamer:
         return transfer
 
     def _fetch(self, layer: Layer) -> Transfer | None:
+        self.begin_uploads(self._uploads.before(layer))
         slot = self._ring.take(layer.payload_bytes)
         if slot is None:
             return None
@@ -256,6 +286,7 @@ class Streamer:
         while True:
             layer = self.order.ahead(len(self._ahead), wrap=self.wrap)
             if layer is None or layer.resident is not None:
+                self.begin_uploads(self._uploads.before(None))
                 return
             transfer = self._fetch(layer)
             if transfer is None:

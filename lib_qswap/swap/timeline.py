@@ -31,7 +31,8 @@ class StepTimes(NamedTuple):
     """One finished forward of a model.
 
     seconds: from its begin to its end on the compute stream; stall_s: how long it waited for weights;
-        copy_s: how long the copy stream spent on the transfers used in it; marks: what `spans` is made from.
+        copy_s, h2d_bytes: how long the copy stream spent on the transfers used in it, and what they brought,
+        without those that made layers resident; marks: what `spans` is made from.
     """
 
     root: Hashable
@@ -124,8 +125,9 @@ class Timeline:
             stall += waited
             layer.times.stall_s = waited
             layer.times.stall_total_s += waited
-            h2d_bytes += transfer.nbytes
-            copy += _seconds(transfer.started, transfer.ready)
+            if not transfer.uploads:
+                h2d_bytes += transfer.nbytes
+                copy += _seconds(transfer.started, transfer.ready)
             marks.append((layer.name, begun, served, transfer.started, transfer.ready))
         if step.measured is not None:
             self._measure(step)

@@ -155,7 +155,8 @@ def get_device_properties(device=None):
 
 
 class _Cudart:
-    """The two calls of torch.cuda.cudart() that page-lock existing memory; they return CUDA's error codes."""
+    """The two calls of torch.cuda.cudart() that page-lock existing memory; they return CUDA's error codes. As
+    there, a failure also leaves an error behind, which somebody else's work reports unless it is cleared."""
 
     _CODES = (("already", 712), ("registered", 713), ("out of memory", 2))
     _UNKNOWN = 1
@@ -165,6 +166,7 @@ class _Cudart:
         try:
             call(*arguments)
         except RuntimeError as error:
+            native.leave_error(str(error))
             by_text = (code for text, code in cls._CODES if text in str(error))
             return getattr(error, "error_code", 0) or next(by_text, cls._UNKNOWN)
         return 0

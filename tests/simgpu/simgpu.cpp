@@ -191,6 +191,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("host_register", &host_register, nogil());
   m.def("host_unregister", &host_unregister, nogil());
   m.def(
+      "leave_error",
+      [](const std::string& text) {
+        Lock l(G.mu);
+        if (G.error.empty()) G.error = text;
+      },
+      nogil());
+  m.def(
       "fail",
       [](const std::string& what, int64_t k) {
         Lock l(G.mu);

@@ -247,7 +247,7 @@ struct Global {
   int64_t fail_pin = 0, fail_dev = 0, fail_copy = 0;
   // operators whose meta kernel failed: how often, what it said
   std::map<std::string, std::pair<int, std::string>> not_deferred;
-  // an error in queued work, raised at the next synchronisation
+  // an error in queued work, or left behind by a failed call, raised at the next synchronisation
   std::string error;
   Global() { streams.push_back(std::make_unique<Stream>(Stream{0, 0})); }
 };
