@@ -153,7 +153,7 @@ def test_the_works_that_are_remembered_are_limited():
     layer = SimpleNamespace(times=LayerTimes())
     for rows in range(10 * KEPT_WORKS):
         work = work_of("root", (torch.zeros(rows),), {})
-        layer.times.by_work[work] = 1.0, 0
+        layer.times.by_work[work] = 1.0
         assert not profile.has_measured(work)
         profile.begin(work, [layer])
     assert len(profile._begun) == KEPT_WORKS

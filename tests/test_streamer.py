@@ -145,6 +145,62 @@ def test_an_encoder_that_runs_once_is_fetched_once(sim, compute_mode):
         assert fetched_bytes(attachment) - before == attachment.payload_bytes
 
 
+NEIGHBOURS_SWAPPED = [2, 0, 1, 3, 5, 4, 7, 6, 8, 9, 11, 10]
+TWO_STREAMS = [0, 5, 1, 6, 2, 3, 4, 7, 8, 9, 10, 11]  # as Flux defines one stream of a block after the other
+
+
+@pytest.mark.parametrize("location", ["shared", "cpu"])
+@pytest.mark.parametrize(
+    ("order", "misses"), [(NEIGHBOURS_SWAPPED, 0), (TWO_STREAMS, 2)], ids=["neighbours", "two streams"]
+)
+def test_layers_that_run_in_another_order_than_they_are_defined_in_are_fetched_once(
+    sim, compute_mode, location, order, misses
+):
+    model = Steps(12)
+    right = expected(model, order)
+    with swapped(model, rings=4, location=location) as attachment:
+        streamer = attachment.state.streamer
+        attachment.run.begin(1)
+        before = fetched_bytes(attachment)
+        assert torch.equal(call(model, order), right)
+        assert streamer.misses == misses
+        layer_bytes = attachment.layers[0].payload_bytes
+        # What gives way to a layer that nobody expected is fetched again: one layer for each.
+        assert fetched_bytes(attachment) - before <= attachment.payload_bytes + misses * layer_bytes
+
+
+def test_the_order_of_execution_is_still_known_when_a_model_comes_back(sim, compute_mode):
+    model = Steps(12)
+    with swapped(model, rings=2) as attachment:
+        streamer = attachment.state.streamer
+        call(model, TWO_STREAMS)
+        for _ in range(3):
+            attachment.unload()
+            attachment.rebalance(attachment.fixed_bytes + attachment.scratch_bytes + 2 * 256 * 256 // 32 * 34)
+            attachment.run.begin(1)
+            before, misses = fetched_bytes(attachment), streamer.misses
+            call(model, TWO_STREAMS)
+            assert streamer.misses == misses
+            assert fetched_bytes(attachment) - before == attachment.payload_bytes
+
+
+def test_layers_that_are_skipped_from_now_on_do_not_clog_the_ring(sim, compute_mode):
+    model = Steps(12)
+    short = [0, 7, 8, 9, 10, 11]
+    right = expected(model, short)
+    with swapped(model, rings=3) as attachment:
+        streamer = attachment.state.streamer
+        call(model)
+        call(model)
+        attachment.run.begin(1)
+        before, misses = fetched_bytes(attachment), streamer.misses
+        assert torch.equal(call(model, short), right)
+        assert streamer.misses - misses <= 2
+        ahead = 3  # were fetched before anybody knew
+        assert fetched_bytes(attachment) - before <= (len(short) + ahead) * attachment.layers[0].payload_bytes
+        assert streamer.overflows == 0
+
+
 def test_the_end_of_a_step_fetches_the_start_of_the_next(sim):
     model = Steps()
     with swapped(model, rings=3) as attachment:

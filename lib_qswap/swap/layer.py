@@ -93,12 +93,12 @@ class LayerTimes:
     Attributes:
         compute_s: from the start of this layer's compute to the start of the next layer's, stalls left
             out; None before it was measured.
-        by_work: what was measured for each work: compute_s, and the number of uses before this layer's.
+        by_work: compute_s, as measured for each work.
         uses: how often a forward has asked for its weights.
     """
 
     compute_s: float | None = None
-    by_work: dict[Hashable, tuple[float, int]] = field(default_factory=dict)
+    by_work: dict[Hashable, float] = field(default_factory=dict)
     stall_s: float = 0.0
     stall_total_s: float = 0.0
     uses: int = 0

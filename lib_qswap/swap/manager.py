@@ -427,6 +427,16 @@ class Attachment:
         self.state.sweep()
         self.state.streamer.begin_step(id(root), wrap=self.run.goes_on, measured=work if measured else None)
 
+    def end_step(self, root: torch.nn.Module) -> None:
+        """The forward of `root` is over."""
+        traced = self.state.streamer.end_step(id(root))
+        if traced is not None:
+            # Layers of other roots stay where they are, and those of other models have no place here. A new
+            # list: the page may be walking along the old one.
+            places = set(self.layers).intersection(traced)
+            ordered = (layer for layer in traced if layer in places)
+            self.layers = [next(ordered) if layer in places else layer for layer in self.layers]
+
     def acquire(self, layer: Layer) -> Lease | ResidentLease:
         """The weights of `layer` on the device; see `Streamer.acquire`."""
         return self.state.streamer.acquire(layer)

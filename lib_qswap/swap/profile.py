@@ -114,18 +114,16 @@ class Profile:
         """The next step of every known work is to look for a better plan: something has changed."""
         self._in_use.clear()
 
-    def use(self, work: Work, layers: list[Layer]) -> list[Layer] | None:
-        """Takes over what was measured for `work` into the layers' times. Returns `layers` in the order of
-        its execution; None where nothing has been read of it yet."""
-        measured = {layer: found for layer in layers if (found := layer.times.by_work.get(work))}
+    def use(self, work: Work, layers: Sequence[Layer]) -> bool:
+        """Takes over what was measured for `work` into the layers' times. Returns whether anything has been
+        read of it yet."""
+        measured = [layer for layer in layers if work in layer.times.by_work]
         if not measured:
-            return None
+            return False
         self._in_use[work.root] = work
-        for layer, (compute_s, _) in measured.items():
-            layer.times.compute_s = compute_s
-        # Layers of other roots stay where they are in the list.
-        ordered = iter(sorted(measured, key=lambda layer: measured[layer][1]))
-        return [next(ordered) if layer in measured else layer for layer in layers]
+        for layer in measured:
+            layer.times.compute_s = layer.times.by_work[work]
+        return True
 
 
 def costs(layers: Sequence[Layer]) -> list[LayerCost]:

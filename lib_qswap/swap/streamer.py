@@ -182,16 +182,19 @@ class Streamer:
         with self._lock:
             for transfer in list(self._leased):  # Abandoned: their forward raised.
                 self._give_back(transfer)
-            if not self.order.begin(root):
-                self._drop_ahead()
+            holds = self.order.begin(root)
             self.wrap = self.order.repeats if wrap is None else wrap
+            if not holds:
+                self._drop_unexpected()
             self._uploads.begin(root)
             self.timeline.begin(root, measured)
             self._prefetch()
 
-    def end_step(self, root: Hashable) -> None:
+    def end_step(self, root: Hashable) -> list[Layer] | None:
+        """The forward of the model `root` is over. Returns its layers, resident and swapped ones, in the
+        order of execution, where it was measured."""
         with self._lock:
-            self.timeline.end(root)
+            return self.timeline.end(root)
 
     def acquire(self, layer: Layer) -> Lease | ResidentLease:
         """The weights of `layer`, for work issued from now on to this thread's compute stream.
@@ -248,18 +251,31 @@ class Streamer:
         self.timeline.used(transfer.layer, transfer, stream, begun)
 
     def _claim(self, layer: Layer) -> Transfer:
-        expected = self.order.use(layer)
-        if expected and self._ahead and self._ahead[0].layer is layer:
-            transfer = self._ahead.popleft()
-        else:
-            self.misses += 1
-            self._drop_ahead()
-            transfer = self._fetch(layer) or self._overflow(layer)
+        if not self.order.use(layer):
+            self._drop_unexpected(besides=layer)
+        transfer = self._fetched(layer)
+        if transfer is not None:
             self._leased[transfer] = None
-            self._prefetch()
             return transfer
+        self.misses += 1
+        transfer = self._fetch(layer)
+        while transfer is None and self._ahead:  # What is used last gives way.
+            self._discard(self._ahead.pop())
+            transfer = self._fetch(layer)
+        transfer = transfer or self._overflow(layer)
         self._leased[transfer] = None
+        self._prefetch()
         return transfer
+
+    def _fetched(self, layer: Layer) -> Transfer | None:
+        """The transfer of `layer`, if it was fetched ahead: nearly always the first one."""
+        if self._ahead and self._ahead[0].layer is layer:
+            return self._ahead.popleft()
+        for transfer in self._ahead:
+            if transfer.layer is layer:
+                self._ahead.remove(transfer)
+                return transfer
+        return None
 
     def _fetch(self, layer: Layer) -> Transfer | None:
         self.begin_uploads(self._uploads.before(layer))
@@ -295,10 +311,27 @@ class Streamer:
 
     def _drop_ahead(self) -> None:
         while self._ahead:
-            transfer = self._ahead.pop()
-            transfer.cancelled = True
-            assert transfer.slot is not None
-            self._ring.give_back_newest(transfer.slot)
+            self._discard(self._ahead.pop())
+
+    def _drop_unexpected(self, besides: Layer | None = None) -> None:
+        """Of what was fetched ahead, only what is expected next, in that order, stays, and `besides`."""
+        kept: list[Transfer] = []
+        expected = 0
+        for transfer in self._ahead:
+            if transfer.layer is self.order.ahead(expected, wrap=self.wrap):
+                expected += 1
+                kept.append(transfer)
+            elif transfer.layer is besides:
+                kept.append(transfer)
+        for transfer in reversed(self._ahead):
+            if transfer not in kept:
+                self._discard(transfer)
+        self._ahead = deque(kept)
+
+    def _discard(self, transfer: Transfer) -> None:
+        transfer.cancelled = True
+        assert transfer.slot is not None
+        self._ring.discard(transfer.slot)
 
     def release(self, transfer: Transfer) -> None:
         """The compute that reads `transfer`'s target is enqueued; what that makes room for is fetched."""

@@ -83,12 +83,16 @@ class Timeline:
         self._step = _Step(root, self.mark(self._device.current_stream()), measured)
         self.profiling = measured is not None
 
-    def end(self, root: Hashable) -> None:
+    def end(self, root: Hashable) -> list[Layer] | None:
+        """The forward of `root` is over. Returns the layers in the order of their first use, where it was
+        measured."""
         step = self._step
-        if step is not None and step.root == root:
-            step.end = self.mark(self._device.current_stream())
-            self._waiting.append(step)
-            self._step, self.profiling = None, False
+        if step is None or step.root != root:
+            return None
+        step.end = self.mark(self._device.current_stream())
+        self._waiting.append(step)
+        self._step, self.profiling = None, False
+        return None if step.measured is None else list(dict.fromkeys(use.layer for use in step.uses))
 
     def forget(self) -> None:
         """The steps that have not been read yet are dropped, and with them what they hold on to."""
@@ -140,8 +144,8 @@ class Timeline:
         for use, following in itertools.zip_longest(step.uses, step.uses[1:]):
             until = step.end if following is None else following.begun
             compute[use.layer] = compute.get(use.layer, 0.0) + _seconds(use.served, until)
-        for position, (layer, took) in enumerate(compute.items()):
-            layer.times.by_work[step.measured] = took, position
+        for layer, took in compute.items():
+            layer.times.by_work[step.measured] = took
 
 
 def _seconds(first: Any, then: Any) -> float:
