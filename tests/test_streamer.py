@@ -215,6 +215,62 @@ def test_the_end_of_a_step_fetches_the_start_of_the_next(sim):
         }
 
 
+@pytest.mark.usefixtures("virtual_time")
+@pytest.mark.parametrize("location", ["shared", "cpu"])
+def test_a_slot_is_filled_again_while_its_layer_computes_with_the_unpacked_weight(
+    sim, compute_mode, location
+):
+    model = Steps(8)
+    layer_bytes, busy_s = 256 * 256 // 32 * 34, 0.01
+    for layer in model.layers:
+        layer.forward = lambda x: (sim.busy(busy_s), x)[1]
+    sim.set_bandwidth(h2d=layer_bytes / busy_s)
+    with swapped(model, rings=1, location=location) as attachment:
+        for _ in range(6):
+            call(model)
+        timeline = attachment.state.streamer.timeline
+        timeline.collect()
+        # One copy after the other, each while the layer before computes: not 16 in turn. The host waits
+        # between steps here; the reading thread may then come too late for the first one.
+        in_vain = busy_s if location == "cpu" else 0.0
+        seconds = timeline.finished[-1].seconds
+        assert 8 * busy_s * 0.999 <= seconds <= 8 * busy_s * 1.01 + in_vain
+        assert attachment.layers[3].times.measured == pytest.approx((busy_s, 0.0), abs=1e-6)
+
+
+class Biased(torch.nn.Module):
+    """Linear layers whose biases come with their weights."""
+
+    def __init__(self, count=6):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(256, 256, device="meta") for _ in range(count))
+        for i, layer in enumerate(self.layers):
+            weight, bias = sm.packed_weight("Q8_0", (256, 256), i), torch.linspace(-i, i + 1, 256)
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+            layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, None], ids=["room", "no room"])
+def test_a_bias_is_read_before_its_slot_is_filled_again(sim, compute_mode, compute_dtype):
+    model = Biased()
+    x = X
+    for layer in model.layers:
+        weight = layer.weight.detach().dequantize(torch.float32)
+        x = torch.tanh(torch.nn.functional.linear(x, weight, layer.bias.detach()))
+    ring = model.layers[0].weight.packed_nbytes + 1024
+    # "No room": the scratch is for half precision, and grows for a weight in single precision, not its bias.
+    options = {"compute_dtype": compute_dtype, "ring_bytes": ring, "budget_bytes": 1}
+    with attached(model, device=GPU, location="shared", **options) as attachment, torch.inference_mode():
+        for _ in range(4):
+            assert torch.equal(model(X.to(GPU)).cpu(), x)
+        assert attachment.state.streamer.overflows == 0
+
+
 # ------------------------------------------------------------------------------------------------ accidents
 def test_a_forward_that_raises_midway_does_not_disturb_the_next_one(sim, compute_mode):
     model = Steps()

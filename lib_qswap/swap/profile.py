@@ -13,7 +13,7 @@ import torch
 
 from lib_qswap.swap import planner
 from lib_qswap.swap.device import Device
-from lib_qswap.swap.layer import Layer
+from lib_qswap.swap.layer import Layer, Measured
 from lib_qswap.swap.planner import LayerCost, Plan
 
 MEASURED_STEPS = 2
@@ -28,7 +28,9 @@ shorter."""
 ASSUMED_STEPS_LEFT = 8
 ASSUMED_FLOPS = 20e12
 ASSUMED_TOKENS = 4096
-"""What a plan is made from until the first steps are measured: a mid-range card at 1024 x 1024."""
+ASSUMED_UNPACKING = 0.05
+"""What a plan is made from until the first steps are measured: a mid-range card at 1024 x 1024, and how much
+of a layer's time goes into unpacking its weight."""
 
 
 class Work(NamedTuple):
@@ -122,18 +124,21 @@ class Profile:
             return False
         self._in_use[work.root] = work
         for layer in measured:
-            layer.times.compute_s = layer.times.by_work[work]
+            layer.times.measured = layer.times.by_work[work]
         return True
 
 
 def costs(layers: Sequence[Layer]) -> list[LayerCost]:
     """What the planner wants to know of each layer; times that are not measured yet are guessed."""
-    return [LayerCost(layer.name, layer.payload_bytes, _compute_s(layer)) for layer in layers]
+    return [LayerCost(layer.name, layer.payload_bytes, *_times(layer)) for layer in layers]
 
 
-def _compute_s(layer: Layer) -> float:
-    measured = layer.times.compute_s
-    return measured if measured is not None else 2 * layer.elements * ASSUMED_TOKENS / ASSUMED_FLOPS
+def _times(layer: Layer) -> Measured:
+    if layer.times.measured is not None:
+        return layer.times.measured
+    compute_s = 2 * layer.elements * ASSUMED_TOKENS / ASSUMED_FLOPS
+    is_packed = any(part.format is not None for part in layer.parts)
+    return Measured(compute_s, compute_s * ASSUMED_UNPACKING if is_packed else compute_s)
 
 
 class Gain(NamedTuple):

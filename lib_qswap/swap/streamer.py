@@ -13,13 +13,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Collection, Hashable, Iterable, Sequence
-from typing import Any
 
 import torch
 
 from lib_qswap.swap.copier import Copier, Transfer
 from lib_qswap.swap.device import Device, align
 from lib_qswap.swap.layer import Layer
+from lib_qswap.swap.lease import AnyLease, Lease, MeasuredLease, ResidentLease
 from lib_qswap.swap.order import Order
 from lib_qswap.swap.ring import Ring
 from lib_qswap.swap.timeline import Timeline
@@ -27,36 +27,6 @@ from lib_qswap.swap.uploads import Uploads, is_waiting
 
 KEPT_VIEWS = 4096
 NO_BYTES = torch.empty(0, dtype=torch.uint8)
-
-
-class ResidentLease:
-    """The weights of a layer that has a permanent copy on the device."""
-
-    __slots__ = ("parts",)
-
-    def __init__(self, parts: dict[str, torch.Tensor]) -> None:
-        self.parts = parts
-
-    def release(self) -> None:
-        """Nothing to give back."""
-
-
-class Lease:
-    """The weights of a swapped layer, valid for work that is issued to the compute stream before
-    `release`."""
-
-    __slots__ = ("_streamer", "parts", "transfer")
-
-    def __init__(self, parts: dict[str, torch.Tensor], transfer: Transfer, streamer: Streamer) -> None:
-        self.parts = parts
-        self.transfer: Transfer | None = transfer
-        self._streamer = streamer
-
-    def release(self) -> None:
-        """The layer's compute is enqueued: its slot may be filled again behind it. Idempotent."""
-        transfer, self.transfer = self.transfer, None
-        if transfer is not None:
-            self._streamer.release(transfer)
 
 
 class Streamer:
@@ -82,7 +52,7 @@ class Streamer:
         self._views: dict[tuple[int, Layer], dict[str, torch.Tensor]] = {}
         self._ahead: deque[Transfer] = deque()
         self._leased: dict[Transfer, None] = {}
-        self._retired: deque[tuple[Transfer, Any]] = deque(maxlen=64)
+        self._retired: deque[Transfer] = deque(maxlen=64)
 
     # ------------------------------------------------------------------------------------------ between steps
     @property
@@ -196,7 +166,7 @@ class Streamer:
         with self._lock:
             return self.timeline.end(root)
 
-    def acquire(self, layer: Layer) -> Lease | ResidentLease:
+    def acquire(self, layer: Layer) -> AnyLease:
         """The weights of `layer`, for work issued from now on to this thread's compute stream.
 
         Raises:
@@ -208,7 +178,7 @@ class Streamer:
                 self._await_resident(layer)
             elif self.timeline.profiling:
                 self.timeline.used(layer, None, self.device.current_stream())
-            return layer.lease
+            return MeasuredLease(layer, self.timeline) if self.timeline.profiling else layer.lease
         with self._lock:
             transfer = self._claim(layer)
         self._await(transfer)
@@ -334,7 +304,7 @@ class Streamer:
         self._ring.discard(transfer.slot)
 
     def release(self, transfer: Transfer) -> None:
-        """The compute that reads `transfer`'s target is enqueued; what that makes room for is fetched."""
+        """What reads `transfer`'s target is enqueued; what that makes room for is fetched."""
         with self._lock:
             if transfer in self._leased:
                 self._give_back(transfer)
@@ -342,9 +312,14 @@ class Streamer:
 
     def _give_back(self, transfer: Transfer) -> None:
         del self._leased[transfer]
-        done = self.device.new_event()
-        self.device.record(done, self.device.current_stream())
-        self._retired.append((transfer, done))
+        stream = self.device.current_stream()
+        if self.timeline.profiling:
+            done = self.timeline.mark(stream)
+            self.timeline.read(transfer.layer, done)
+        else:
+            done = self.device.new_event()
+            self.device.record(done, stream)
+        self._retired.append(transfer)
         if transfer.slot is not None:
             self._ring.release(transfer.slot, done)
         else:
@@ -354,16 +329,18 @@ class Streamer:
     def states(self) -> dict[Layer, str]:
         """What layers are in the ring, by events that have happened: "fetching", "ready" or "in_use". Any
         thread may ask."""
-        states: dict[Layer, str] = {}
         # In the order in which compute comes to them; the host may be far ahead of it.
-        used = [transfer for transfer, done in self._retired.copy() if not done.query()]
-        used += self._leased.copy()
-        coming = [*used, *self._ahead.copy()]
+        coming = deque([*self._retired.copy(), *self._leased.copy()])
+        computing = None
+        while coming and coming[0].served is not None and coming[0].served.query():
+            computing = coming.popleft()
+        coming += self._ahead.copy()
+        states: dict[Layer, str] = {}
         for transfer in reversed(coming):
             if transfer.arrived:
                 states[transfer.layer] = "ready"
             elif transfer.begun:
                 states[transfer.layer] = "fetching"
-        if used and used[0].arrived:
-            states[used[0].layer] = "in_use"
+        if computing is not None and not self.timeline.is_over:
+            states[computing.layer] = "in_use"
         return states
