@@ -179,45 +179,66 @@ class Forward:
         self._scratch = scratch
         self._arithmetic = arithmetic
         self._computation_dtype = computation_dtype
-        self._multiplies = original is torch.nn.Linear.forward and arithmetic == "exact"
+        self._is_linear = original is torch.nn.Linear.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._layer.module()
         if module is None:
             raise ReferenceError(f"{self._layer.name}: its module is gone")
         inputs = args[0] if args else next(iter(kwargs.values()))
-        dtype = inputs.dtype if inputs.is_floating_point() else self._layer.parts[0].dtype
         lease = self._streamer.acquire(self._layer)
+        try:
+            if self._is_linear and inputs.is_floating_point():
+                return self._linear(lease, inputs)
+            return self._original_on(lease, module, inputs, args, kwargs)
+        finally:
+            lease.release()
+
+    def _linear(self, lease: AnyLease, x: torch.Tensor) -> torch.Tensor:
+        """Without the detour over the module's parameters, which costs more than some layers compute."""
+        weight, bias = lease.parts["weight"], lease.parts.get("bias")
+        if self._arithmetic == "exact" and multiply.serves(weight, x):
+            return linear(weight, bias, x, self._scratch, self._computation_dtype)
+        weight = self._weight(weight, x.dtype)
+        if bias is not None:
+            if isinstance(bias, PackedTensor):
+                bias = bias.dequantize(x.dtype)
+            elif bias.dtype != x.dtype:
+                bias = bias.to(x.dtype)
+        bias = let_go(lease, weight, bias, self._scratch)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def _original_on(
+        self, lease: AnyLease, module: torch.nn.Module, inputs: torch.Tensor, args: Any, kwargs: Any
+    ) -> Any:
+        dtype = inputs.dtype if inputs.is_floating_point() else self._layer.parts[0].dtype
+        parts = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in lease.parts.items()
+            if name != "weight"
+        }
+        if "weight" in lease.parts:
+            parts["weight"] = weight = self._weight(lease.parts["weight"], dtype)
+            if parts.keys() <= {"weight", "bias"}:
+                bias = let_go(lease, weight, parts.get("bias"), self._scratch)
+                if bias is not None:
+                    parts["bias"] = bias
         masters = module._parameters.copy()
         try:
-            if self._multiplies and multiply.serves(lease.parts.get("weight"), inputs):
-                parts = lease.parts
-                return linear(
-                    parts["weight"], parts.get("bias"), inputs, self._scratch, self._computation_dtype
-                )
-            parts = {
-                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-                for name, tensor in lease.parts.items()
-                if name != "weight"
-            }
-            if "weight" in lease.parts:
-                parts["weight"] = weight = weight_for(
-                    lease.parts["weight"],
-                    dtype,
-                    self._scratch,
-                    arithmetic=self._arithmetic,
-                    computation_dtype=self._computation_dtype,
-                )
-                if parts.keys() <= {"weight", "bias"}:
-                    bias = let_go(lease, weight, parts.get("bias"), self._scratch)
-                    if bias is not None:
-                        parts["bias"] = bias
-            # Straight into the table: registering a Parameter costs more than some layers compute.
+            # Straight into the table: registering a Parameter is slow.
             module._parameters.update(parts)  # type: ignore[arg-type]
             return self._original(module, *args, **kwargs)
         finally:
             module._parameters.update(masters)
-            lease.release()
+
+    def _weight(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return weight_for(
+            weight,
+            dtype,
+            self._scratch,
+            arithmetic=self._arithmetic,
+            computation_dtype=self._computation_dtype,
+        )
 
 
 def linear(
