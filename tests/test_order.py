@@ -117,6 +117,38 @@ def test_an_unknown_layer_costs_one_miss_and_the_rest_is_predicted():
     assert play(order, "unet", "axbc") == 1
 
 
+def test_a_last_step_that_skips_to_its_end_leaves_the_next_model_its_own_cycle():
+    order = Order()
+    unet, vae = list(range(40)), [f"v{i}" for i in range(10)]
+    order.expect("unet", unet)
+    order.expect("vae", vae)
+    for _ in range(3):
+        assert play(order, "unet", unet) == 0
+    assert play(order, "unet", [0, 1, 39]) == 1
+    assert play(order, "vae", vae) == 0
+    assert play(order, "unet", unet) == 0
+    assert play(order, "unet", unet) == 0
+
+
+def test_steps_that_skip_between_whole_ones_do_not_spoil_those():
+    order = Order()
+    unet = list(range(40))
+    order.expect("unet", unet)
+    for _ in range(4):
+        assert play(order, "unet", unet) == 0
+        assert play(order, "unet", [0, 1, 39]) == 1
+
+
+def test_what_was_fetched_for_another_cycle_is_not_expected_once_this_one_goes_on():
+    order = Order()
+    order.expect("control", "xy")
+    order.expect("unet", "abc")
+    play(order, "control", "xy")
+    assert upcoming(order, 2, wrap=True) == ["x", "y"]
+    assert not order.begin("unet")
+    assert upcoming(order, 3, wrap=False) == ["a", "b", "c"]
+
+
 def test_models_that_alternate_make_one_cycle():
     order = Order()
     order.expect("control", "xy")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from swap_models import messages
 
-from lib_qswap.swap.device import device_of
+from lib_qswap.swap.device import Device, device_of
 from lib_qswap.swap.layer import LayerTimes, Measured
 from lib_qswap.swap.manager import attached
 from lib_qswap.swap.planner import Plan
@@ -137,6 +137,24 @@ def test_a_plan_that_saves_one_percent_of_a_step_is_worth_moving_for_and_a_quart
     assert found.pays_within(13)
     assert not found.pays_within(12)
     assert gain(plan_of(("1",), 7.98), present, layers, 100.0) is None
+
+
+@pytest.mark.simgpu
+def test_a_device_whose_events_tell_no_times_is_not_measured(halves, monkeypatch):
+    model, attachment = halves
+    monkeypatch.setattr(type(attachment.device), "has_clock", False)
+    steps(model, 1, 6)
+    assert all(layer.times.measured is None and not layer.times.by_work for layer in attachment.layers)
+
+
+def test_a_device_with_one_queue_has_no_clock_but_the_host_s():
+    assert device_of("cpu").has_clock
+    metal = Device(torch.device("mps"))
+    assert not metal.has_clock
+    first, then = metal.new_event(timing=True), metal.new_event(timing=True)
+    metal.record(then, None)
+    metal.record(first, None)
+    assert first.elapsed_time(then) <= 0, "a span that ends before it begins is an answer, not an error"
 
 
 def test_a_work_is_the_shapes_of_the_tensors_that_a_forward_gets():

@@ -9,6 +9,7 @@ import pytest
 import swap_models as sm
 import torch
 
+from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap.manager import attach, attached
 
 pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("engine")]
@@ -231,10 +232,8 @@ def test_a_slot_is_filled_again_while_its_layer_computes_with_the_unpacked_weigh
         timeline = attachment.state.streamer.timeline
         timeline.collect()
         # One copy after the other, each while the layer before computes: not 16 in turn. The host waits
-        # between steps here; the reading thread may then come too late for the first one.
-        in_vain = busy_s if location == "cpu" else 0.0
-        seconds = timeline.finished[-1].seconds
-        assert 8 * busy_s * 0.999 <= seconds <= 8 * busy_s * 1.01 + in_vain
+        # between steps here, so that the first one may begin with its step.
+        assert 8 * busy_s * 0.999 <= timeline.finished[-1].seconds <= 9 * busy_s * 1.01
         assert attachment.layers[3].times.measured == pytest.approx((busy_s, 0.0), abs=1e-6)
 
 
@@ -253,6 +252,30 @@ class Biased(torch.nn.Module):
         for layer in self.layers:
             x = torch.tanh(layer(x))
         return x
+
+
+class OwnForward(torch.nn.Linear):
+    """Computes with its parameters as it finds them."""
+
+    def forward(self, x):
+        bias = self.bias.dequantize(x.dtype) if isinstance(self.bias, PackedTensor) else self.bias
+        return torch.nn.functional.linear(x, self.weight, bias)
+
+
+def test_a_packed_bias_is_unpacked_before_its_slot_is_filled_again(sim, compute_mode):
+    model = Biased()
+    biases = [sm.packed_weight("Q8_0", (256,), 100 + i) for i in range(len(model.layers))]
+    x = X
+    for layer, bias in zip(model.layers, biases, strict=True):
+        layer.__class__ = OwnForward
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+        weight = layer.weight.detach().dequantize(torch.float32)
+        x = torch.tanh(torch.nn.functional.linear(x, weight, bias.dequantize(torch.float32)))
+    ring = model.layers[0].weight.packed_nbytes + 512
+    options = {"compute_dtype": torch.float32, "ring_bytes": ring, "budget_bytes": 1}
+    with attached(model, device=GPU, location="shared", **options), torch.inference_mode():
+        for _ in range(4):
+            assert torch.equal(model(X.to(GPU)).cpu(), x)
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, None], ids=["room", "no room"])
@@ -283,9 +306,13 @@ def test_a_forward_that_raises_midway_does_not_disturb_the_next_one(sim, compute
             model.fail_at = None
             assert torch.equal(call(model), right)
         misses = attachment.state.streamer.misses
+        sim.synchronize()
+        assert "in_use" not in attachment.state.streamer.states().values()
         model.fail_at = 2
         with pytest.raises(RuntimeError, match="stopped by the test"):
             call(model)
+        sim.synchronize()
+        assert "in_use" not in attachment.state.streamer.states().values()
         model.fail_at = None
         assert torch.equal(call(model), right)
         assert attachment.state.streamer.misses <= misses + 1

@@ -49,11 +49,11 @@ class Adaptation:
             self.profile.reconsider()
             self._postponed = False
         self.profile.close()
-        measured = not self.profile.has_measured(work)
+        measured = model.device.has_clock and not self.profile.has_measured(work)
         if measured:
             self._take_back()  # What this work needs is not known.
             self.profile.begin(work, model.layers)
-        elif not self.profile.is_in_use(work):
+        elif model.device.has_clock and not self.profile.is_in_use(work):
             self._replan(work)
         self._yield_to_others(work)
         return measured

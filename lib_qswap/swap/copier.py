@@ -41,12 +41,13 @@ class Transfer:
             are set.
         issued: set once the copy has been handed to the device; the event of each transfer that another
             thread hands over, one for all that need none of their own.
-        served: the event on the compute stream at which its layer may begin; None before that is asked for.
+        awaited: the event on the compute stream at which its layer asked for it; None before.
         uploads: whether it makes its layer resident.
         error: why the bytes are not there, if so.
     """
 
     __slots__ = (
+        "awaited",
         "cancelled",
         "error",
         "issued",
@@ -54,7 +55,6 @@ class Transfer:
         "nbytes",
         "ready",
         "recorded",
-        "served",
         "slot",
         "started",
         "target",
@@ -75,7 +75,7 @@ class Transfer:
         self.nbytes = target.numel()
         self.started: Any = None
         self.ready: Any = None
-        self.served: Any = None
+        self.awaited: Any = None
         self.issued = ISSUED
         self.recorded = False
         self.cancelled = False

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from lib_qswap.swap.streamer import Streamer
 
 
+LINEAR_MODULE = "torch.nn.modules.linear"
+"""Where torch's own forward of linear layers comes from, unless somebody has put another in its place."""
+
+
 class Scratch:
     """The one reusable piece of device memory that weights are unpacked into, in the order of the compute
     stream."""
@@ -179,7 +183,7 @@ class Forward:
         self._scratch = scratch
         self._arithmetic = arithmetic
         self._computation_dtype = computation_dtype
-        self._is_linear = original is torch.nn.Linear.forward
+        self._is_linear = original is torch.nn.Linear.forward and original.__module__ == LINEAR_MODULE
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._layer.module()
@@ -201,10 +205,7 @@ class Forward:
             return linear(weight, bias, x, self._scratch, self._computation_dtype)
         weight = self._weight(weight, x.dtype)
         if bias is not None:
-            if isinstance(bias, PackedTensor):
-                bias = bias.dequantize(x.dtype)
-            elif bias.dtype != x.dtype:
-                bias = bias.to(x.dtype)
+            bias = _cast(bias, x.dtype)
         bias = let_go(lease, weight, bias, self._scratch)
         return torch.nn.functional.linear(x, weight, bias)
 
@@ -212,11 +213,7 @@ class Forward:
         self, lease: AnyLease, module: torch.nn.Module, inputs: torch.Tensor, args: Any, kwargs: Any
     ) -> Any:
         dtype = inputs.dtype if inputs.is_floating_point() else self._layer.parts[0].dtype
-        parts = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in lease.parts.items()
-            if name != "weight"
-        }
+        parts = {name: _cast(tensor, dtype) for name, tensor in lease.parts.items() if name != "weight"}
         if "weight" in lease.parts:
             parts["weight"] = weight = self._weight(lease.parts["weight"], dtype)
             if parts.keys() <= {"weight", "bias"}:
@@ -239,6 +236,13 @@ class Forward:
             arithmetic=self._arithmetic,
             computation_dtype=self._computation_dtype,
         )
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A small part in `dtype`: itself, or a tensor of its own."""
+    if isinstance(tensor, PackedTensor):  # Its `to` would leave it packed, where it is.
+        return tensor.dequantize(dtype)
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != dtype else tensor
 
 
 def linear(

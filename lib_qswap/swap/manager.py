@@ -113,14 +113,16 @@ class Attachment:
         """What unpacking, or casting, the largest weight takes, with its bias behind it."""
         largest = 0
         for layer in self.layers:
-            nbytes = 0
-            for part in layer.parts:
-                dtype = self.compute_dtype or (torch.float16 if part.format is not None else part.dtype)
-                if part.name == "weight" and (part.format is not None or part.dtype != dtype):
-                    nbytes = align(part.shape.numel() * dtype.itemsize)
-                elif part.name == "bias" and nbytes:
-                    nbytes += part.shape.numel() * dtype.itemsize
-            largest = max(largest, nbytes)
+            parts = {part.name: part for part in layer.parts}
+            weight, bias = parts.get("weight"), parts.get("bias")
+            if weight is None:
+                continue
+            dtype = self.compute_dtype or (torch.float16 if weight.format is not None else weight.dtype)
+            if weight.format is not None or weight.dtype != dtype:
+                nbytes = align(weight.shape.numel() * dtype.itemsize)
+                if bias is not None:
+                    nbytes += bias.shape.numel() * max(dtype.itemsize, bias.dtype.itemsize)
+                largest = max(largest, nbytes)
         return largest
 
     def needs_worker(self) -> bool:

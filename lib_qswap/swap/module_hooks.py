@@ -41,12 +41,17 @@ class ModuleHooks:
             attachment = reference()
             return attachment is not None and attachment.adaptation.relieve(root)
 
+        def abandon(root: torch.nn.Module) -> None:
+            attachment = reference()
+            if attachment is not None:
+                attachment.state.streamer.abandon_step(id(root))
+
         for reference_to_root in attachment.roots:
             root = reference_to_root()
             if root is not None:
                 self._hooks.append(root.register_forward_pre_hook(before, with_kwargs=True))
                 self._hooks.append(root.register_forward_hook(after))
-                self._retrying.append(RetryingForward(root, relieve))
+                self._retrying.append(RetryingForward(root, relieve, abandon))
                 self._retrying[-1].put_in_place()
 
     def replace_forwards(self, attachment: Attachment) -> None:

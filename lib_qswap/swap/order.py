@@ -57,12 +57,14 @@ class Order(Generic[L]):
 
     def begin(self, root: Hashable) -> bool:
         """The forward of the model `root` begins. Returns whether what was predicted before still holds."""
-        complete = self._position >= len(self._predicted)
+        # Layers that were overtaken at the end are left out.
+        complete = self._position + self._overtaken >= len(self._predicted)
         if self._seen and root not in self._seen and not (self.repeats and complete):
             self._seen.add(root)
-            if complete:  # This cycle is longer than was known.
-                self._predicted = self._predicted + self._traces.get(root, [])
-            return True
+            if complete:  # This cycle is longer than was known; the start of another one may be fetched.
+                self._predicted = self._predicted[: self._position] + self._traces.get(root, [])
+                self._overtaken = 0
+            return not complete
         if self._leader is not None:
             self._learn(self._leader)
         holds = root == self._leader and self._predicted == self._recorded
@@ -75,10 +77,12 @@ class Order(Generic[L]):
     def _learn(self, leader: Hashable) -> None:
         """What was recorded is the cycle of `leader` from now on. One that broke off, because its forward
         raised, is not taken for a shorter one, unless it comes twice in a row."""
-        known, short = self._predicted, self._recorded
+        predicted, short = self._predicted, self._recorded
         again = bool(short) and short == self._broken_off
-        if len(short) < len(known) and known[: len(short)] == short and not again:
-            self._traces[leader], self._broken_off = known, short
+        if len(short) < len(predicted) and predicted[: len(short)] == short and not again:
+            self._broken_off = short
+            if not self._overtaken:  # Else it has been seen where it ends, not where the others belong.
+                self._traces[leader] = predicted
         else:
             self._traces[leader], self._broken_off = short, None
 

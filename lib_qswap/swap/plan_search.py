@@ -66,6 +66,7 @@ class PlanSearch:
         self.fixed_ring_bytes = ring_bytes
         self.diffusion = Diffusion(streaming.nbytes, streaming.compute_s)
         self.random = random.Random(0)
+        self.in_budget_s = streaming.least_s(budget_bytes)
         self.limits = self._size_limits()
         self.steps = AVERAGED_STEPS if len(self.nbytes) <= FEW_LAYERS else SEARCH_STEPS
         self.enough_s = GOOD_ENOUGH * min(self._least_s(limit, limit) for limit in self.limits)
@@ -94,7 +95,7 @@ class PlanSearch:
         if kept_bytes > self.budget_bytes - ring_bytes or ring_bytes < limit:
             return math.inf
         must_move = self.diffusion.total_bytes - (self.budget_bytes - ring_bytes)
-        return max(self.streaming.least_s(self.budget_bytes), must_move / self.streaming.link_bytes_per_s)
+        return max(self.in_budget_s, must_move / self.streaming.link_bytes_per_s)
 
     def _size_limits(self) -> list[int]:
         sizes = sorted({size for size in self.nbytes if size > 0}, reverse=True)

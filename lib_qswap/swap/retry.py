@@ -11,12 +11,17 @@ import torch
 
 class RetryingForward:
     """The forward of a model's root in place of its own: out of memory, it lets `relieve` make room and
-    begins anew, until there is nothing left to give."""
+    begins anew, until there is nothing left to give. What it raises, `abandon` is told of."""
 
-    def __init__(self, root: torch.nn.Module, relieve: Callable[[torch.nn.Module], bool]) -> None:
+    def __init__(
+        self,
+        root: torch.nn.Module,
+        relieve: Callable[[torch.nn.Module], bool],
+        abandon: Callable[[torch.nn.Module], None],
+    ) -> None:
         self._root = weakref.ref(root)
         self._own: Callable[..., Any] | None = root.__dict__.get("forward")
-        self._relieve = relieve
+        self._relieve, self._abandon = relieve, abandon
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         root = self._root()
@@ -29,7 +34,11 @@ class RetryingForward:
                 return type(root).forward(root, *args, **kwargs)
             except torch.cuda.OutOfMemoryError:  # the name that torch 2.3 has as well, for every device
                 if torch.is_grad_enabled() or not self._relieve(root):
+                    self._abandon(root)
                     raise
+            except BaseException:
+                self._abandon(root)
+                raise
             # Only here has the traceback let go of the tensors of the forward that failed.
 
     def put_in_place(self) -> None:

@@ -166,6 +166,11 @@ class Streamer:
         with self._lock:
             return self.timeline.end(root)
 
+    def abandon_step(self, root: Hashable) -> None:
+        """The forward of the model `root` raised."""
+        with self._lock:
+            self.timeline.abandon(root)
+
     def acquire(self, layer: Layer) -> AnyLease:
         """The weights of `layer`, for work issued from now on to this thread's compute stream.
 
@@ -177,7 +182,7 @@ class Streamer:
             if layer.resident_ready is not None:
                 self._await_resident(layer)
             elif self.timeline.profiling:
-                self.timeline.used(layer, None, self.device.current_stream())
+                self.timeline.used(layer, None, self.timeline.mark(self.device.current_stream()))
             return MeasuredLease(layer, self.timeline) if self.timeline.profiling else layer.lease
         with self._lock:
             transfer = self._claim(layer)
@@ -218,7 +223,7 @@ class Streamer:
                 self.evict([transfer.layer])
             raise transfer.error
         self.device.wait(transfer.ready, stream)
-        self.timeline.used(transfer.layer, transfer, stream, begun)
+        self.timeline.used(transfer.layer, transfer, begun)
 
     def _claim(self, layer: Layer) -> Transfer:
         if not self.order.use(layer):
@@ -270,7 +275,10 @@ class Streamer:
 
     def _prefetch(self) -> None:
         while True:
-            layer = self.order.ahead(len(self._ahead), wrap=self.wrap)
+            layer = self.order.ahead(len(self._ahead), wrap=False)
+            if layer is None and self.wrap:  # The rest belongs to the next forward.
+                self.begin_uploads(self._uploads.before(None))
+                layer = self.order.ahead(len(self._ahead), wrap=True)
             if layer is None or layer.resident is not None:
                 self.begin_uploads(self._uploads.before(None))
                 return
@@ -319,7 +327,8 @@ class Streamer:
         else:
             done = self.device.new_event()
             self.device.record(done, stream)
-        self._retired.append(transfer)
+        if transfer.error is None:
+            self._retired.append(transfer)
         if transfer.slot is not None:
             self._ring.release(transfer.slot, done)
         else:
@@ -332,7 +341,7 @@ class Streamer:
         # In the order in which compute comes to them; the host may be far ahead of it.
         coming = deque([*self._retired.copy(), *self._leased.copy()])
         computing = None
-        while coming and coming[0].served is not None and coming[0].served.query():
+        while coming and coming[0].awaited is not None and coming[0].awaited.query() and coming[0].arrived:
             computing = coming.popleft()
         coming += self._ahead.copy()
         states: dict[Layer, str] = {}

@@ -6,7 +6,6 @@ device.
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -19,12 +18,19 @@ KEPT_STEPS = 8
 
 
 class Use(NamedTuple):
-    """One use of a layer: events on the compute stream before and after it waited for its weights."""
+    """One use of a layer: the event on the compute stream at which it asked for its weights."""
 
     layer: Layer
     begun: Any
-    served: Any
     transfer: Transfer | None
+
+    @property
+    def served(self) -> Any:
+        """The event at which its layer could begin: the later one of both. An event of its own would cost
+        the host as much as all the rest of a use."""
+        if self.transfer is None or self.begun.elapsed_time(self.transfer.ready) <= 0:
+            return self.begun
+        return self.transfer.ready
 
 
 class StepTimes(NamedTuple):
@@ -95,6 +101,11 @@ class Timeline:
         self._step, self.profiling = None, False
         return None if step.measured is None else list(dict.fromkeys(use.layer for use in step.uses))
 
+    def abandon(self, root: Hashable) -> None:
+        """The forward of `root` has no end."""
+        if self._step is not None and self._step.root == root:
+            self._step, self.profiling = None, False
+
     def forget(self) -> None:
         """The steps that have not been read yet are dropped, and with them what they hold on to."""
         self.collect()
@@ -107,13 +118,12 @@ class Timeline:
         self._device.record(event, stream)
         return event
 
-    def used(self, layer: Layer, transfer: Transfer | None, stream: Any, begun: Any = None) -> None:
-        """`layer` computes from now on; it has waited for `transfer` since `begun`."""
-        served = self.mark(stream)
+    def used(self, layer: Layer, transfer: Transfer | None, begun: Any) -> None:
+        """`layer` asked for its weights at `begun`, and computes as soon as `transfer` has brought them."""
         if transfer is not None:
-            transfer.served = served
+            transfer.awaited = begun
         if self._step is not None:
-            self._step.uses.append(Use(layer, begun if begun is not None else served, served, transfer))
+            self._step.uses.append(Use(layer, begun, transfer))
 
     def read(self, layer: Layer, event: Any = None) -> None:
         """What reads the weights of `layer` has been issued: up to `event`, or to now."""
@@ -137,30 +147,32 @@ class Timeline:
         marks: list[tuple[str, Any, Any, Any, Any]] = []
         stall = copy = 0.0
         h2d_bytes = 0
-        for layer, begun, served, transfer in step.uses:
+        served = [use.served for use in step.uses]
+        for (layer, begun, transfer), at in zip(step.uses, served, strict=True):
             if transfer is None:
-                marks.append((layer.name, begun, served, None, None))
+                marks.append((layer.name, begun, begun, None, None))
                 continue
-            waited = _seconds(begun, served)
+            waited = _seconds(begun, at)
             stall += waited
             layer.times.stall_s = waited
             layer.times.stall_total_s += waited
             if not transfer.uploads:
                 h2d_bytes += transfer.nbytes
                 copy += _seconds(transfer.started, transfer.ready)
-            marks.append((layer.name, begun, served, transfer.started, transfer.ready))
+            marks.append((layer.name, begun, at, transfer.started, transfer.ready))
         if step.measured is not None:
-            self._measure(step)
+            self._measure(step, served)
         self.finished.append(
             StepTimes(step.root, _seconds(step.base, step.end), stall, copy, h2d_bytes, step.base, marks)
         )
 
-    def _measure(self, step: _Step) -> None:
+    def _measure(self, step: _Step, served: list[Any]) -> None:
         measured: dict[Layer, Measured] = {}
-        for use, following in itertools.zip_longest(step.uses, step.uses[1:]):
-            compute_s = _seconds(use.served, step.end if following is None else following.begun)
+        ends = [*(use.begun for use in step.uses[1:]), step.end]
+        for use, begin, end in zip(step.uses, served, ends, strict=True):
+            compute_s = _seconds(begin, end)
             reads = step.reads.get(use.layer)
-            read_s = min(compute_s, _seconds(use.served, reads.pop(0))) if reads else compute_s
+            read_s = min(compute_s, _seconds(begin, reads.pop(0))) if reads else compute_s
             before = measured.get(use.layer, Measured(0.0, 0.0))
             measured[use.layer] = Measured(before.compute_s + compute_s, before.read_s + read_s)
         for layer, times in measured.items():

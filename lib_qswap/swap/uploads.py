@@ -46,13 +46,13 @@ class Uploads:
 
     def before(self, swapped: Layer | None) -> list[Layer]:
         """The residents that compute comes to before `swapped`, each once; all that are left where it is not
-        used in this forward any more, or is None."""
+        known, or None."""
         if not self._sequence:
             return []
         first = self._next
-        self._next = self._place.get(swapped, -1) if swapped is not None else -1
-        if self._next < first:
-            self._next = len(self._sequence)
+        end = len(self._sequence)
+        place = end if swapped is None else self._place.get(swapped, end)
+        self._next = max(first, place)  # Out of turn, it comes before some that have begun.
         found = [layer for layer in self._sequence[first : self._next] if is_waiting(layer)]
         if self._next == len(self._sequence):
             self._leave()
