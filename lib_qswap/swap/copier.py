@@ -19,6 +19,7 @@ from lib_qswap.swap import ledger
 from lib_qswap.swap.arena import HostBuffer, PinnedBlock
 from lib_qswap.swap.device import Device
 from lib_qswap.swap.home import PinBudget
+from lib_qswap.swap.reader import Reader
 
 if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer
@@ -106,6 +107,7 @@ class Copier:
         self.stream = device.new_stream()
         self.h2d_bytes = 0
         self.staging_locked_bytes = 0
+        self._reader = Reader()
         self._staging: list[tuple[torch.Tensor, Any]] = []
         self._next_staging = 0
         self._queue: queue.SimpleQueue[Transfer | threading.Event | None] | None = None
@@ -139,6 +141,7 @@ class Copier:
             self._queue.put(None)
             self._thread.join()
             self._thread, self._queue = None, None
+            self._reader.close()
             for _, free in self._staging:
                 free.synchronize()
             self._staging = []
@@ -227,7 +230,7 @@ class Copier:
                 buffer, free = self._staging[self._next_staging]
                 self._next_staging = (self._next_staging + 1) % len(self._staging)
                 free.synchronize()
-                home.read_into(buffer[: piece.numel()], start)
+                self._reader.read(home, buffer[: piece.numel()], start)
                 piece.copy_(buffer[: piece.numel()], non_blocking=True)
                 self._device.record(free, self.stream)
         elif home.payload is not None:

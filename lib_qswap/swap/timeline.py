@@ -6,6 +6,7 @@ device.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -168,8 +169,8 @@ class Timeline:
 
     def _measure(self, step: _Step, served: list[Any]) -> None:
         measured: dict[Layer, Measured] = {}
-        ends = [*(use.begun for use in step.uses[1:]), step.end]
-        for use, begin, end in zip(step.uses, served, ends, strict=True):
+        ends = itertools.chain((use.begun for use in step.uses[1:]), [step.end])
+        for use, begin, end in zip(step.uses, served, ends):  # noqa: B905 (without uses an end is left)
             compute_s = _seconds(begin, end)
             reads = step.reads.get(use.layer)
             read_s = min(compute_s, _seconds(begin, reads.pop(0))) if reads else compute_s
