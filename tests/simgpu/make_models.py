@@ -5,7 +5,8 @@
 WHAT: sd15, sd15mini, fluxaux (VAE, CLIP and T5 for Flux), t5q8 (fluxaux's T5 as GGUF), lora,
 flux:NAME:TYPE:HIDDEN:DOUBLE:SINGLE (a Flux transformer as GGUF); a standard set by default. As GGUF with a
 TYPE for the weights, and only when asked for: unet:sd1:NAME:TYPE, unet:sdxl:NAME:TYPE (small UNets,
-with :F16 at the end for convolutions that are not quantized, in their own shape),
+with :F16 at the end for convolutions that are not quantized, in their own shape), unet:sdxlfull:NAME:TYPE
+(SDXL's own sizes: 2.6 G weights),
 clip:l:NAME:TYPE, clip:g:NAME:TYPE (clipcpp: under clip.cpp's names), sdcpp:sd1:NAME:TYPE and
 sdcpp:sdxl:NAME:TYPE (a whole checkpoint as stable-diffusion.cpp makes it),
 t5:NAME:TOKEN_EMBD_TYPE:NORM_TYPE; and sdvae, the UNets' VAE.
@@ -94,6 +95,14 @@ SDXL_SMALL_UNET = {
     "transformer_depth": [0, 0, 1, 1, 1, 1],
     "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
 }
+
+SDXL_UNET = {
+    **SDXL_SMALL_UNET,
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
+}
+UNETS = {"sd1": {**SD1_UNET, **SD1_SMALL}, "sdxl": SDXL_SMALL_UNET, "sdxlfull": SDXL_UNET}
 
 # City96's names for T5's tensors; applied in this order.
 T5_NAMES = (
@@ -335,10 +344,11 @@ class ModelMaker:
 
         With `conv_type` as stable-diffusion.cpp makes it: convolutions in that type, and no other shapes.
         """
-        self.save_gguf(arch, f"Stable-diffusion/{name}", self._unet_tensors(arch, ggml_type, conv_type))
+        tensors = self._unet_tensors(arch, ggml_type, conv_type)
+        self.save_gguf(arch.removesuffix("full"), f"Stable-diffusion/{name}", tensors)
 
     def _unet_tensors(self, arch: str, ggml_type: str, conv_type: str | None):
-        shapes = self.unet_shapes(**({**SD1_UNET, **SD1_SMALL} if arch == "sd1" else SDXL_SMALL_UNET))
+        shapes = self.unet_shapes(**UNETS[arch])
         rng = np.random.default_rng(0)
         for tensor_name, shape in shapes.items():
             elements = math.prod(shape)
