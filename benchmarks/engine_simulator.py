@@ -7,11 +7,11 @@ each other.
 What is assumed:
 
 - Compute is one queue: layers run one after the other, each as long as the profile says, whatever the link
-  does meanwhile. A swapped layer begins when its copy has arrived.
+  does meanwhile. A swapped layer begins when its copy has arrived, and reads its weights first.
 - Copies are one queue over one link of constant bandwidth, plus a latency for each copy.
 - The ring is bytes; a payload lies in one piece, and skips the ring's end where it does not fit there. A copy
-  is issued as soon as the compute of everything that lay in its place, or in what was skipped, has been
-  issued; on the device it waits for that compute's end.
+  is issued as soon as the reading of everything that lay in its place, or in what was skipped, has been
+  issued; on the device it waits for that reading's end.
 - The host takes `host_issue_s` for each layer and never waits for the device: as a step's end is issued, the
   next step's first layers are fetched.
 - CPU and Disk: one thread reads pieces of 8 MB at a constant rate into four staging buffers; each is copied
@@ -125,8 +125,8 @@ class Queue:
 class Slot:
     start: int
     end: int
-    computed: Event | None = None
-    """Happens when the compute that reads it is done; None until that is issued."""
+    read: Event | None = None
+    """Happens when its layer has read it; None until that is issued."""
 
 
 class Ring:
@@ -149,9 +149,9 @@ class Ring:
                 in_the_way = count
         waits = []
         for slot in itertools.islice(self._slots, in_the_way):
-            if slot.computed is None:
+            if slot.read is None:
                 return None
-            waits.append(slot.computed)
+            waits.append(slot.read)
         for _ in range(in_the_way):
             self._slots.popleft()
         taken = Slot(start, start + nbytes)
@@ -199,7 +199,9 @@ class Engine:
                 self._prefetch()
                 slot, arrived = self.ahead.popleft()
                 self._prefetch()
-                done = slot.computed = self.compute.issue([arrived], layer.compute_s)
+                read_s = layer.compute_s if layer.read_s is None else layer.read_s
+                slot.read = self.compute.issue([arrived], read_s)
+                done = self.compute.issue([], layer.compute_s - read_s)
                 self._prefetch()
             self.simulation.start(self._mark(done))
 

@@ -37,6 +37,7 @@ import planner_models as models  # noqa: E402
 from engine_simulator import Machine, simulate  # noqa: E402
 
 from lib_qswap.swap.planner import LayerCost, Plan, make_plan  # noqa: E402
+from lib_qswap.swap.planner import least_step as least_in_budget  # noqa: E402
 
 STEPS, WARM_UP_STEPS = 20, 4
 """Of a run; the mean of the steps after the warm-up counts."""
@@ -99,14 +100,17 @@ def cases() -> Iterator[Case]:
 
 
 def least_step(case: Case) -> float:
-    """What no plan's step is below: all compute, or what has to move while a ring holds the largest of it."""
+    """What no plan's step is below: what the budget allows, and what has to move while a ring holds the
+    largest of it."""
     sizes = [layer.nbytes for layer in case.layers]
-    compute_s = sum(layer.compute_s for layer in case.layers)
+    in_budget_s = least_in_budget(
+        case.layers, budget_bytes=case.budget_bytes, link_bytes_per_s=case.link_bytes_per_s
+    )
     least = math.inf
     for ring in set(sizes) - {0}:
         if sum(size for size in sizes if size > ring) <= case.budget_bytes - ring:
             must_move = sum(sizes) - case.budget_bytes + ring
-            least = min(least, max(compute_s, must_move / case.link_bytes_per_s))
+            least = min(least, max(in_budget_s, must_move / case.link_bytes_per_s))
     return least
 
 
@@ -123,11 +127,14 @@ class LongSearch:
         self._library = library
         self._nbytes = np.array([layer.nbytes for layer in case.layers], np.int64)
         self._compute_s = np.array([layer.compute_s for layer in case.layers], np.float64)
+        reads = [layer.compute_s if layer.read_s is None else layer.read_s for layer in case.layers]
+        self._read_s = np.array(reads, np.float64)
         self._link = ctypes.c_double(case.link_bytes_per_s)
         self._budget = ctypes.c_int64(case.budget_bytes)
 
     def _model(self) -> tuple[Any, ...]:
-        return ctypes.c_int(len(self._nbytes)), _pointer(self._nbytes), _pointer(self._compute_s), self._link
+        times = _pointer(self._compute_s), _pointer(self._read_s)
+        return ctypes.c_int(len(self._nbytes)), _pointer(self._nbytes), *times, self._link
 
     def step_s(self, swapped: Sequence[bool], ring_bytes: int, averaged_steps: int) -> float:
         """The step in the search's own model."""

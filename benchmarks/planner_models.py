@@ -1,7 +1,8 @@
 """Profiles of models for the planner: the layers of a forward in order, their bytes, their computing time.
 
-Times are FLOPs over an effective rate; attention, norms and unpacking are left out. A layer that sees one
-token computes in no time.
+Times are FLOPs over an effective rate; attention and norms are left out. Weights are read first, which is
+what unpacking takes: it reads packed bytes and writes 16 bits for each weight. A layer that sees one token
+computes in no time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ SDXL_CONTEXT, SDXL_CONTEXT_TOKENS, SDXL_EMBEDDING = 2048, 77, 1280
 Q4_K, Q8_0, F16 = 4.5, 8.5, 16.0
 """Bits per weight."""
 
+MEMORY_BYTES_PER_FLOP = 1 / 125
+"""Of device memory, by the operations that a card does in the same time: 500 GB/s at 62 TFLOPS."""
+
 
 class Profile:
     """Collects layers of one model on a device of `tflops`."""
@@ -24,11 +28,15 @@ class Profile:
     def __init__(self, tflops: float) -> None:
         self.layers: list[LayerCost] = []
         self._flops_per_s = tflops * 1e12
+        self._memory_bytes_per_s = MEMORY_BYTES_PER_FLOP * self._flops_per_s
 
     def add(self, name: str, weights: int, tokens: int, bits: float) -> None:
         """A matrix or kernel of `weights` elements that is applied to `tokens` vectors."""
         seconds = 0.0 if tokens == 1 else 2 * weights * tokens / self._flops_per_s
-        self.layers.append(LayerCost(name, round(weights * bits / 8), seconds))
+        nbytes = round(weights * bits / 8)
+        # An unpacked weight is used where it lies.
+        read_s = None if bits == F16 else min(seconds, (nbytes + 2 * weights) / self._memory_bytes_per_s)
+        self.layers.append(LayerCost(name, nbytes, seconds, read_s))
 
 
 def flux(bits: float, tflops: float, pixels: int = 1024, text_tokens: int = 512) -> list[LayerCost]:

@@ -18,6 +18,7 @@ struct Model {
     int count;
     const int64_t* nbytes;
     const double* compute_s;
+    const double* read_s;  // of compute_s, until a layer's bytes have been read
     double link_bytes_per_s;
 };
 
@@ -35,7 +36,7 @@ public:
         for (int i = 0; i < model_.count; ++i) {
             total_compute_s += model_.compute_s[i];
             if (swapped[i] && model_.nbytes[i] > 0) {
-                order_.push_back({model_.nbytes[i], gap, model_.compute_s[i]});
+                order_.push_back({model_.nbytes[i], gap, model_.compute_s[i], model_.read_s[i]});
                 moved += model_.nbytes[i];
                 gap = 0;
             } else {
@@ -60,8 +61,9 @@ public:
                 position += layer.nbytes;
                 while (slots_[oldest].start < position - ring_bytes) free_s = slots_[oldest++].free_s;
                 copied_s = std::max(copied_s, free_s) + double(layer.nbytes) / model_.link_bytes_per_s;
-                computed_s = std::max(computed_s + layer.before_s, copied_s) + layer.compute_s;
-                slot.free_s = computed_s;
+                computed_s = std::max(computed_s + layer.before_s, copied_s);
+                slot.free_s = computed_s + layer.read_s;
+                computed_s += layer.compute_s;
             }
             computed_s += gap;
             if (step >= kWarmUpSteps) {
@@ -79,7 +81,7 @@ private:
     struct Swapped {
         int64_t nbytes;
         double before_s;  // compute of residents before it
-        double compute_s;
+        double compute_s, read_s;
     };
     struct Slot {
         int64_t start;
@@ -149,18 +151,18 @@ struct State {
 
 extern "C" {
 
-double planner_step_s(int count, const int64_t* nbytes, const double* compute_s, double link_bytes_per_s,
-                      const uint8_t* swapped, int64_t ring_bytes, int averaged) {
-    Model model{count, nbytes, compute_s, link_bytes_per_s};
+double planner_step_s(int count, const int64_t* nbytes, const double* compute_s, const double* read_s,
+                      double link_bytes_per_s, const uint8_t* swapped, int64_t ring_bytes, int averaged) {
+    Model model{count, nbytes, compute_s, read_s, link_bytes_per_s};
     return Evaluator(model).step_s({swapped, swapped + count}, ring_bytes, averaged, INFINITY);
 }
 
 // Tries random constructions; writes the `keep` best that differ: `swapped` (keep x count), rings and steps
 // (infinite where fewer were found).
-void planner_construct(int count, const int64_t* nbytes, const double* compute_s, double link_bytes_per_s,
-                       int64_t budget_bytes, int tries, int averaged, uint64_t seed, int keep,
+void planner_construct(int count, const int64_t* nbytes, const double* compute_s, const double* read_s,
+                       double link_bytes_per_s, int64_t budget_bytes, int tries, int averaged, uint64_t seed, int keep,
                        uint8_t* swapped, int64_t* rings, double* steps_s) {
-    Model model{count, nbytes, compute_s, link_bytes_per_s};
+    Model model{count, nbytes, compute_s, read_s, link_bytes_per_s};
     Evaluator evaluator(model);
     std::mt19937_64 random(seed);
     auto unit = [&] { return double(random() >> 11) * 0x1p-53; };
@@ -215,10 +217,10 @@ void planner_construct(int count, const int64_t* nbytes, const double* compute_s
 
 // Improves `swapped` in place and returns its step; `ring_bytes` in and out. Layers larger than `limit_bytes`
 // stay resident. Ends early at `enough_s`.
-double planner_search(int count, const int64_t* nbytes, const double* compute_s, double link_bytes_per_s,
-                      int64_t budget_bytes, int64_t limit_bytes, uint8_t* swapped, int64_t* ring_bytes,
+double planner_search(int count, const int64_t* nbytes, const double* compute_s, const double* read_s,
+                      double link_bytes_per_s, int64_t budget_bytes, int64_t limit_bytes, uint8_t* swapped, int64_t* ring_bytes,
                       int rounds, double heat, double enough_s, int averaged, uint64_t seed) {
-    Model model{count, nbytes, compute_s, link_bytes_per_s};
+    Model model{count, nbytes, compute_s, read_s, link_bytes_per_s};
     Evaluator evaluator(model);
     std::mt19937_64 random(seed);
     auto unit = [&] { return double(random() >> 11) * 0x1p-53; };

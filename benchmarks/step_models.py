@@ -3,14 +3,16 @@
 On a device that computes, the model is the Flux-shaped transformer of the demo. On the simulated accelerator
 its layers compute nothing: each keeps the device busy for a set time, since real compute would share the
 machine's cores with the copies. The times are in proportion to the operations of FLUX.1 at 1024 x 1024, so a
-modulation layer, which sees one token, has bytes and next to no time.
+modulation layer, which sees one token, has bytes and next to no time. The first part of each is unpacking, in
+proportion to the bytes that it reads and writes; whoever swaps the layer needs its packed weight no longer
+than that.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,9 @@ FLUX = FluxShape(hidden=3072, mlp=12288)
 TEXT_TOKENS = 512
 READ_BYTES = 64
 """What a layer that does not compute reads of its weight, at the end: enough to see a wrong one."""
+
+MEMORY_BYTES_PER_OPERATION = 1 / 125
+"""What a card moves in its memory in the time of one operation: 500 GB/s at 62 TFLOPS."""
 
 
 class PackedLinear(nn.Linear):
@@ -82,44 +87,74 @@ def flux_inputs(
 
 
 # ------------------------------------------------------------------- layers that do not compute
-def flux_operations(pixels: int = 1024) -> dict[str, float]:
-    """The floating-point operations of FLUX.1 by linear layer, in the order of execution; attention counts
-    with the layer before it."""
+class LayerWork(NamedTuple):
+    """Floating-point operations, with those of the attention after it; elements of the weight."""
+
+    operations: float
+    elements: int
+
+
+class BusyTimes(NamedTuple):
+    """Seconds for which a layer keeps the device busy: reading its packed weight, and then."""
+
+    unpacking: float
+    multiplying: float
+
+
+def flux_work(pixels: int = 1024) -> dict[str, LayerWork]:
+    """What FLUX.1 does by linear layer, in the order of execution."""
     with torch.device("meta"):
         model = FluxTransformer(FLUX)
     tokens = (pixels // PIXELS_PER_TOKEN) ** 2 + TEXT_TOKENS
-    operations: dict[str, float] = {}
+    work: dict[str, LayerWork] = {}
 
     def note(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        operations[name] = 2.0 * args[0].numel() * module.out_features
+        operations = 2.0 * args[0].numel() * module.out_features
         if name.endswith(("txt_attn.qkv", "linear1")):
-            operations[name] += 4.0 * tokens**2 * FLUX.hidden
+            operations += 4.0 * tokens**2 * FLUX.hidden
+        work[name] = LayerWork(operations, module.weight.numel())
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(functools.partial(note, name))
     model(*flux_inputs(model, pixels, TEXT_TOKENS, torch.device("meta"), torch.bfloat16))
-    return operations
+    return work
+
+
+def flux_times(compute_s: float, packed_bytes_per_element: float) -> dict[str, BusyTimes]:
+    """The times of FLUX.1's layers where a step computes for `compute_s`, in the order of execution."""
+    work = flux_work()
+    scale = compute_s / sum(layer.operations for layer in work.values())
+    times = {}
+    for name, layer in work.items():
+        moved = layer.elements * (packed_bytes_per_element + torch.bfloat16.itemsize)
+        unpacking = min(layer.operations, moved / MEMORY_BYTES_PER_OPERATION)
+        times[name] = BusyTimes(unpacking * scale, (layer.operations - unpacking) * scale)
+    return times
 
 
 class BusyLinear(nn.Linear):
-    """Keeps the device busy for `seconds`, then adds the last bytes of its weight to its input, uint8
+    """Keeps the device busy for set times, then adds the last bytes of its weight to its input, uint8
     (READ_BYTES,)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, seconds: float, busy: Callable[[float], None]):
+    def __init__(self, weight: Tensor, bias: Tensor | None, times: BusyTimes, busy: Callable[[float], None]):
         with torch.device("meta"):
             super().__init__(1, 1, bias=bias is not None)
-        self.seconds, self.busy = seconds, busy
+        self.times, self.busy = times, busy
         self.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=False)
 
-    def compute(self, packed: Tensor, x: Tensor) -> Tensor:
-        self.busy(self.seconds)
-        return x + packed.view(-1)[-READ_BYTES:]
+    def unpack(self, packed: Tensor) -> Tensor:
+        self.busy(self.times.unpacking)
+        return packed.view(-1)[-READ_BYTES:].clone()
+
+    def multiply(self, unpacked: Tensor, x: Tensor) -> Tensor:
+        self.busy(self.times.multiplying)
+        return x + unpacked
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.compute(self.weight.data, x)
+        return self.multiply(self.unpack(self.weight.data), x)
 
 
 class Chain(nn.Module):
@@ -141,18 +176,18 @@ class BusyFlux(nn.Module):
     def __init__(
         self,
         tensors: Mapping[str, PackedTensor],
-        seconds: Mapping[str, float],
+        times: Mapping[str, BusyTimes],
         busy: Callable[[float], None],
         weight_of: Callable[[PackedTensor], Tensor],
     ) -> None:
         """Args:
-        seconds: by layer, in the order of execution.
+        times: by layer, in the order of execution.
         busy: keeps the device busy for some seconds.
         weight_of: what the layers get for a packed weight of the file.
         """
         super().__init__()
         blocks: dict[str, list[nn.Module]] = {}
-        for name, took in seconds.items():
+        for name, took in times.items():
             bias = tensors[f"{name}.bias"].dequantize(torch.bfloat16)
             layer = BusyLinear(weight_of(tensors[f"{name}.weight"]), bias, took, busy)
             blocks.setdefault(block_of(name), []).append(layer)
@@ -180,16 +215,17 @@ def block_of(name: str) -> str:
 
 def lend_to_busy_layers(attachment: Attachment) -> None:
     """Lets the layers of a `BusyFlux` that QSwap swaps use their leases, as a host with forwards of its own
-    does; unpacking is in their set time."""
+    does: until the weight has been unpacked."""
     for layer in attachment.layers:
         module = layer.module()
         assert isinstance(module, BusyLinear)
 
-        def forward(x: Tensor, layer: Any = layer, compute: Any = module.compute) -> Tensor:
+        def forward(x: Tensor, layer: Any = layer, module: BusyLinear = module) -> Tensor:
             lease = attachment.acquire(layer)
             try:
-                return compute(lease.parts["weight"].packed, x)
+                unpacked = module.unpack(lease.parts["weight"].packed)
             finally:
                 lease.release()
+            return module.multiply(unpacked, x)
 
         module.__dict__["forward"] = forward

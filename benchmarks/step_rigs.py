@@ -225,11 +225,9 @@ class SimulatedRig(Rig):
         super().__init__(torch.device("simgpu"), file)
         self.clock = "virtual" if virtual else "real"
         self._sim = simgpu
-        operations = step_models.flux_operations()
-        total = sum(operations.values())
-        self._seconds = {name: compute_s * count / total for name, count in operations.items()}
-        weights = [self.tensors[f"{name}.weight"] for name in self._seconds]
+        weights = [self.tensors[f"{name}.weight"] for name in step_models.flux_work()]
         self._bytes = sum(weight.packed_nbytes for weight in weights)
+        self._times = step_models.flux_times(compute_s, self._bytes / sum(map(torch.numel, weights)))
         self._largest_bytes = max(weight.numel() for weight in weights) * torch.bfloat16.itemsize
         # Launches run ahead of the device, as on a GPU. Pageable copies take twice as long.
         simgpu.config(
@@ -237,7 +235,7 @@ class SimulatedRig(Rig):
         )
 
     def _model(self, weight_of: Callable[..., torch.Tensor]) -> nn.Module:
-        return step_models.BusyFlux(self.tensors, self._seconds, self._sim.busy, weight_of)
+        return step_models.BusyFlux(self.tensors, self._times, self._sim.busy, weight_of)
 
     def qswap_model(self) -> nn.Module:
         return self._model(lambda packed: packed)

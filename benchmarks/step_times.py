@@ -9,9 +9,11 @@ and the ring, beside the buffer that weights are unpacked into and what cannot b
 of four of the largest layers. Other programs (step_peers.py) run where they are installed. They get the same
 packed weights as plain bytes and compute with QSwap's own unpacking, so that only the swapping differs.
 
-The bound is max(compute, swapped bytes / bandwidth). Compute is the step of the same model with all of it on
-the device, in the same run; the bandwidth is the link's, or what one thread reads from the home where that is
-less. Steps follow each other without waiting for the device, as a sampler's do.
+The bound is max(compute, swapped bytes / bandwidth). A row's `least_s` is what no choice of residents within
+its budget can be below: a stretch of layers whose bytes take longer than its compute waits for the link,
+whatever the rest of the model does (`planner.least_step`). Compute is the step of the same model with all of
+it on the device, in the same run; the bandwidth is the link's, or what one thread reads from the home where
+that is less. Steps follow each other without waiting for the device, as a sampler's do.
 
 On the simulated accelerator three cases differ in the link: one that compute decides, a balanced one and one
 that the link decides. Layers keep the device busy for set times (step_models.py). Copies from pageable
@@ -47,6 +49,7 @@ from step_peers import Peer, find_peers, versions  # noqa: E402
 from step_rigs import ComputingRig, Rig, SimulatedRig, rss_bytes  # noqa: E402
 
 from lib_qswap.standalone.demo_file import demo_file  # noqa: E402
+from lib_qswap.swap import planner, profile  # noqa: E402
 from lib_qswap.swap.home import Location  # noqa: E402
 from lib_qswap.swap.manager import Attachment  # noqa: E402
 
@@ -119,7 +122,16 @@ class Runner:
         timeline.collect()
         row["resident_share"] = attachment.resident_bytes / attachment.payload_bytes
         row["swapped_bytes_per_step"] = timeline.finished[-1].h2d_bytes
-        return row | self._bound(row, compute_s, self.rig.home_bytes_per_s(attachment))
+        home_bytes_per_s = self.rig.home_bytes_per_s(attachment)
+        return row | self._bound(row, compute_s, home_bytes_per_s) | self._least(attachment, home_bytes_per_s)
+
+    def _least(self, attachment: Attachment, home_bytes_per_s: float | None) -> Row:
+        """What no residency within the budget can be below."""
+        assert attachment.budget_bytes is not None
+        budget_bytes = attachment.budget_bytes - attachment.fixed_bytes - attachment.scratch_bytes
+        rate = min(self.rig.link_bytes_per_s(), home_bytes_per_s or math.inf)
+        layers = profile.costs(attachment.layers)
+        return {"least_s": planner.least_step(layers, budget_bytes=budget_bytes, link_bytes_per_s=rate)}
 
     def _bound(self, row: Row, compute_s: float, home_bytes_per_s: float | None) -> Row:
         if "step_s" not in row:

@@ -10,6 +10,7 @@ from typing import Any
 from lib_qswap.swap.step_model import LayerCost
 
 WRITTEN = '{"link_bytes_per_s": ..., "layers": [{"name": ..., "bytes": ..., "compute_s": ...}, ...]}'
+"""A layer may have `read_s`, too: see `LayerCost`."""
 
 
 def read_profile(path: Path) -> tuple[list[LayerCost], float]:
@@ -48,6 +49,7 @@ def _of_snapshot(models: list[Any]) -> dict[str, Any]:
                         "name": layer.get("name"),
                         "bytes": layer.get("bytes"),
                         "compute_s": _number(time_us, f"layers[{index}].compute_us") / 1e6,
+                        "read_s": _optional(layer.get("read_us"), f"layers[{index}].read_us", 1e-6),
                     }
                     for index, (layer, time_us) in enumerate(zip(layers, times_us, strict=True))
                 ],
@@ -61,9 +63,15 @@ def _layer(layer: Any, index: int) -> LayerCost:
     nbytes = _number(layer.get("bytes"), f"layers[{index}].bytes")
     if nbytes != int(nbytes):
         raise ValueError(f"layers[{index}].bytes must be a whole number, not {nbytes!r}")
-    return LayerCost(
-        layer["name"], int(nbytes), _number(layer.get("compute_s"), f"layers[{index}].compute_s")
-    )
+    compute_s = _number(layer.get("compute_s"), f"layers[{index}].compute_s")
+    read_s = _optional(layer.get("read_s"), f"layers[{index}].read_s")
+    if read_s is not None and read_s > compute_s:
+        raise ValueError(f"layers[{index}].read_s must not be more than its compute_s")
+    return LayerCost(layer["name"], int(nbytes), compute_s, read_s)
+
+
+def _optional(value: Any, field: str, unit: float = 1.0) -> float | None:
+    return None if value is None else _number(value, field) * unit
 
 
 def _number(value: Any, field: str) -> float:

@@ -260,7 +260,7 @@ def test_measured_times_lead_to_one_other_plan_at_most(sim, monkeypatch):
             *(f"blocks.{i}.{part}" for i in range(6) for part in ("up", "down")),
             "conv",
         ]
-        assert all(layer.times.compute_s is not None for layer in attached_.layers)
+        assert all(layer.times.measured is not None for layer in attached_.layers)
 
 
 def test_a_file_that_changed_is_noticed_only_where_weights_are_read_from_it(sim, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_qswap.swap.planner import LayerCost, bound_step, make_plan, predict_step, spread
+from lib_qswap.swap.planner import LayerCost, bound_step, least_step, make_plan, predict_step, spread
 from lib_qswap.swap.step_model import Streaming
 
 MB = 10**6
@@ -67,7 +67,7 @@ def search(layers, budget_bytes, link, start, rounds, seed=0):
     """The step time that simulated annealing over residents and ring finds, started from a plan."""
     rng = random.Random(seed)
     nbytes = [x.nbytes for x in layers]
-    streaming = Streaming(nbytes, [x.compute_s for x in layers], link)
+    streaming = Streaming(layers, link)
     kept = set(start.resident)
     swapped, ring = [x.name not in kept for x in layers], start.ring_bytes
     current = best = streaming.step_s(swapped, ring)
@@ -141,6 +141,24 @@ def test_slots_are_contiguous_so_the_ring_s_end_may_go_unused():
     assert steps[2] < steps[1]
 
 
+def test_a_slot_is_free_when_its_layer_has_read_it():
+    # 1 ms of copy, read in 0.25 ms, 0.75 ms more of compute in which the next one is copied
+    layers = [LayerCost(str(i), 10 * MB, 0.001, 0.00025) for i in range(4)]
+    step = predict_step(layers, [], ring_bytes=10 * MB, link_bytes_per_s=1e10)
+    assert step == pytest.approx(4 * (0.001 + 0.00025))
+
+
+def test_no_budget_helps_against_a_stretch_that_has_more_bytes_than_the_link_brings_in_its_time():
+    # 10 ms of compute; at 10 GB/s the last four layers, of 40 MB and 1 ms together, take 4 ms to come
+    layers = [*equal_layers(9), *(layer(i, 10, 0.25) for i in range(9, 13))]
+    layers = [x if int(x.name) > 8 else x._replace(nbytes=0) for x in layers]
+    least = [least_step(layers, budget_bytes=b * MB, link_bytes_per_s=1e10) for b in (0, 10, 20, 40, 100)]
+    assert least == pytest.approx([0.013, 0.012, 0.011, 0.010, 0.010])
+    # the same stretch, over the end of the step
+    turned = layers[11:] + layers[:11]
+    assert least_step(turned, budget_bytes=10 * MB, link_bytes_per_s=1e10) == pytest.approx(0.012)
+
+
 def test_a_layer_larger_than_the_ring_is_refused():
     with pytest.raises(ValueError, match="10000000 bytes does not fit into a ring of 5000000 bytes"):
         predict_step(equal_layers(4), [], ring_bytes=5 * MB, link_bytes_per_s=1e10)
@@ -181,8 +199,10 @@ def brute_force_step(layers, resident, ring_bytes, link, steps=40):
                 )
             ]
             copied = max([copied, *wait]) + x.nbytes / link
-            computed = max(computed, copied) + x.compute_s
-            live.append((start, start + x.nbytes, computed))
+            computed = max(computed, copied)
+            read_s = x.compute_s if x.read_s is None else x.read_s
+            live.append((start, start + x.nbytes, computed + read_s))
+            computed += x.compute_s
             head = start + x.nbytes
         ends.append(computed)
     return (ends[-1] - ends[steps // 2 - 1]) / (steps - steps // 2)
@@ -193,10 +213,11 @@ def brute_force_step(layers, resident, ring_bytes, link, steps=40):
 def test_the_step_model_equals_a_simulation_of_the_ring_s_bytes(data):
     sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=8))
     times = data.draw(st.lists(st.integers(0, 9), min_size=len(sizes), max_size=len(sizes)))
-    layers = [LayerCost(str(i), n, t) for i, (n, t) in enumerate(zip(sizes, times, strict=True))]
+    reads = [data.draw(st.none() | st.integers(0, time)) for time in times]
+    layers = [LayerCost(str(i), *cost) for i, cost in enumerate(zip(sizes, times, reads, strict=True))]
     resident = {x.name for x in layers if data.draw(st.booleans())}
     ring = data.draw(st.integers(9, 30))
-    streaming = Streaming(sizes, times, 1.0)
+    streaming = Streaming(layers, 1.0)
     swapped = [x.name not in resident for x in layers]
     got = streaming.step_s(swapped, ring, averaged_steps=40)
     want = brute_force_step(layers, resident, ring, 1.0)
@@ -231,8 +252,14 @@ def test_spread_refuses_a_share_outside_0_to_1():
 # ---- promises for any model
 
 models = st.lists(
-    st.tuples(st.integers(0, 60 * MB), st.floats(0, 0.01, allow_nan=False)), min_size=1, max_size=25
-).map(lambda rows: [LayerCost(str(i), n, s) for i, (n, s) in enumerate(rows)])
+    st.tuples(st.integers(0, 60 * MB), st.floats(0, 0.01, allow_nan=False), st.none() | st.floats(0, 1)),
+    min_size=1,
+    max_size=25,
+).map(
+    lambda rows: [
+        LayerCost(str(i), n, s, None if read is None else read * s) for i, (n, s, read) in enumerate(rows)
+    ]
+)
 links = st.floats(1e8, 5e10, allow_nan=False)
 
 
@@ -247,6 +274,8 @@ def test_a_plan_never_exceeds_its_budget_and_never_beats_its_bound(layers, share
     assert (plan.budget_bytes > budget) <= (plan.message is not None)
     assert plan.step_s >= plan.bound_s * (1 - 1e-9)
     assert plan.bound_s == bound_step(layers, plan.resident, link_bytes_per_s=link)
+    least_s = least_step(layers, budget_bytes=plan.budget_bytes, link_bytes_per_s=link)
+    assert plan.step_s >= least_s * (1 - 1e-9)
     predicted = predict_step(layers, plan.resident, ring_bytes=plan.ring_bytes, link_bytes_per_s=link)
     assert plan.step_s == predicted
     order = [x.name for x in layers]
@@ -327,7 +356,7 @@ def test_small_models_are_planned_within_half_a_percent_of_the_best_of_all_subse
     link = rng.choice((5e9, 1e10, 2e10))
     budget = int(total_bytes(layers) * rng.choice((0.35, 0.5, 0.7)))
     plan = make_plan(layers, budget_bytes=budget, link_bytes_per_s=link)
-    streaming = Streaming([x.nbytes for x in layers], [x.compute_s for x in layers], link)
+    streaming = Streaming(layers, link)
     best = math.inf
     for swapped in itertools.product((False, True), repeat=len(layers)):
         ring = budget - sum(x.nbytes for x, fetched in zip(layers, swapped, strict=True) if not fetched)

@@ -147,9 +147,9 @@ def measured_step(model, attachment, device, steps=24, warm_up=8):
     return begun.elapsed_time(ended) * 1e-3 / (steps - warm_up)
 
 
-def residency(attachment, compute_s):
+def residency(attachment, times):
     """(layers, names of the residents, ring) as they are on the device."""
-    layers = [LayerCost(layer.name, layer.payload_bytes, compute_s(layer)) for layer in attachment.layers]
+    layers = [LayerCost(layer.name, layer.payload_bytes, *times(layer)) for layer in attachment.layers]
     resident = [layer.name for layer in attachment.layers if layer.resident is not None]
     return layers, resident, attachment.state.streamer.ring_bytes
 
@@ -171,7 +171,7 @@ def test_the_engine_s_steps_are_as_long_as_the_simulator_predicts(
     with attached(model, **options) as attachment:
         engine_s = measured_step(model, attachment, "simgpu")
         layers, resident, ring_bytes = residency(
-            attachment, lambda layer: sizes[int(layer.name.rpartition(".")[2])][1]
+            attachment, lambda layer: (sizes[int(layer.name.rpartition(".")[2])][1],)
         )
         assert 0 < len(resident) < len(layers)
     # Reading takes no virtual time.
@@ -199,7 +199,7 @@ def test_on_a_gpu_steps_are_as_long_as_the_simulator_predicts_from_measured_time
         attached(model, device="cuda", location="shared", budget_bytes=round(total * share)) as attachment,
     ):
         engine_s = measured_step(model, attachment, "cuda")
-        layers, resident, ring_bytes = residency(attachment, lambda layer: layer.times.compute_s)
+        layers, resident, ring_bytes = residency(attachment, lambda layer: layer.times.measured)
         link = attachment.link_bytes_per_s()
     simulated_s = mean_step(layers, resident, ring_bytes, Machine(link))
     assert engine_s == pytest.approx(simulated_s, rel=GPU_TOLERANCE)

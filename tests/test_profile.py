@@ -9,7 +9,7 @@ import torch
 from swap_models import messages
 
 from lib_qswap.swap.device import device_of
-from lib_qswap.swap.layer import LayerTimes
+from lib_qswap.swap.layer import LayerTimes, Measured
 from lib_qswap.swap.manager import attached
 from lib_qswap.swap.planner import Plan
 from lib_qswap.swap.profile import KEPT_WORKS, Profile, gain, work_of
@@ -71,14 +71,14 @@ def last_step_s(attachment):
 def test_layers_that_take_long_are_those_that_are_swapped_whatever_the_work(halves):
     model, attachment = halves
     steps(model, 1, 6)
-    assert attachment.layers[0].times.compute_s == pytest.approx(LONG_S, rel=0.01)
+    assert attachment.layers[0].times.measured.compute_s == pytest.approx(LONG_S, rel=0.01)
     fast = sum(i >= COUNT // 2 for i in resident(attachment))
     assert fast > COUNT // 4  # of those that leave no time for a copy
 
     steps(model, 2, 2)
     unplanned_s = last_step_s(attachment)
     steps(model, 2, 4)
-    assert attachment.layers[0].times.compute_s == pytest.approx(SHORT_S, rel=0.01)
+    assert attachment.layers[0].times.measured.compute_s == pytest.approx(SHORT_S, rel=0.01)
     assert sum(i < COUNT // 2 for i in resident(attachment)) > COUNT // 4
     assert last_step_s(attachment) < unplanned_s
 
@@ -125,7 +125,7 @@ def test_a_plan_that_saves_one_percent_of_a_step_is_worth_moving_for_and_a_quart
             name=str(i),
             payload_bytes=100,
             elements=1,
-            times=LayerTimes(compute_s=0.0),
+            times=LayerTimes(Measured(0.0, 0.0)),
             resident=b"" if i == 0 else None,
         )
         for i in range(9)
@@ -153,7 +153,7 @@ def test_the_works_that_are_remembered_are_limited():
     layer = SimpleNamespace(times=LayerTimes())
     for rows in range(10 * KEPT_WORKS):
         work = work_of("root", (torch.zeros(rows),), {})
-        layer.times.by_work[work] = 1.0, 0
+        layer.times.by_work[work] = Measured(1.0, 1.0)
         assert not profile.has_measured(work)
         profile.begin(work, [layer])
     assert len(profile._begun) == KEPT_WORKS

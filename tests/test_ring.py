@@ -41,25 +41,34 @@ def test_a_ring_of_no_bytes_gives_no_slots():
     assert Ring(0).take(1) is None
 
 
-def test_only_the_newest_slot_can_be_taken_back():
+def test_the_newest_slot_is_discarded_as_if_it_had_never_been():
     ring = Ring(100)
     first, second = ring.take(10), ring.take(10)
-    with pytest.raises(ValueError, match="newest"):
-        ring.give_back_newest(first)
-    ring.give_back_newest(second)
-    ring.give_back_newest(first)
-    with pytest.raises(ValueError, match="newest"):
-        ring.give_back_newest(first)
-    assert ring.take(100).offset == 0
+    ring.discard(second)
+    assert ring.take(90).offset == 10
+    assert ring.take(1) is None
+    assert first.offset == 0
 
 
-def test_taking_back_a_slot_that_had_skipped_the_end_gives_the_skipped_bytes_back():
+def test_a_slot_discarded_before_others_is_free_once_those_before_it_are():
+    ring = Ring(100)
+    first, second, third = ring.take(30), ring.take(30), ring.take(30)
+    ring.discard(second)
+    assert ring.take(40) is None
+    ring.release(first, "first read")
+    again = ring.take(40)
+    assert again.offset == 0
+    assert ring.wait_for(again) == ["first read"], "nobody has read the second"
+    ring.release(third, "third read")
+
+
+def test_discarding_a_slot_that_had_skipped_the_end_gives_the_skipped_bytes_back():
     ring = Ring(100)
     first = ring.take(70)
     ring.release(first, "first read")
     skipped = ring.take(60)
     assert skipped.offset == 0
-    ring.give_back_newest(skipped)
+    ring.discard(skipped)
     assert ring.take(30).offset == 70
 
 
@@ -69,7 +78,6 @@ def test_whatever_the_order_of_use_a_slot_waits_for_everyone_who_read_its_bytes_
     capacity = pick.choice([97, 256, 1000])
     ring = Ring(capacity)
     live: list[tuple] = []  # (slot, serial), oldest first
-    newest: list = []  # all slots, the newest last
     last_reader: list[set[int]] = [set() for _ in range(capacity)]  # since it was last waited for
     waited: set[int] = set()
     taken = 0
@@ -91,10 +99,9 @@ def test_whatever_the_order_of_use_a_slot_waits_for_everyone_who_read_its_bytes_
             waited.update(ring.wait_for(slot))  # the copy stream works in order: waited for once is enough
             assert set().union(*(last_reader[byte] for byte in place)) <= waited
             live.append((slot, serial))
-            newest.append(slot)
-        elif action < 0.65 and live and live[-1][0] is newest[-1]:
-            live.pop()
-            ring.give_back_newest(newest.pop())
+        elif action < 0.65 and live:
+            slot, _ = live.pop(-1 if action < 0.6 else pick.randrange(len(live)))
+            ring.discard(slot)
         elif live:
             slot, owner = live.pop(pick.randrange(len(live)))
             ring.release(slot, owner)

@@ -145,6 +145,62 @@ def test_an_encoder_that_runs_once_is_fetched_once(sim, compute_mode):
         assert fetched_bytes(attachment) - before == attachment.payload_bytes
 
 
+NEIGHBOURS_SWAPPED = [2, 0, 1, 3, 5, 4, 7, 6, 8, 9, 11, 10]
+TWO_STREAMS = [0, 5, 1, 6, 2, 3, 4, 7, 8, 9, 10, 11]  # as Flux defines one stream of a block after the other
+
+
+@pytest.mark.parametrize("location", ["shared", "cpu"])
+@pytest.mark.parametrize(
+    ("order", "misses"), [(NEIGHBOURS_SWAPPED, 0), (TWO_STREAMS, 2)], ids=["neighbours", "two streams"]
+)
+def test_layers_that_run_in_another_order_than_they_are_defined_in_are_fetched_once(
+    sim, compute_mode, location, order, misses
+):
+    model = Steps(12)
+    right = expected(model, order)
+    with swapped(model, rings=4, location=location) as attachment:
+        streamer = attachment.state.streamer
+        attachment.run.begin(1)
+        before = fetched_bytes(attachment)
+        assert torch.equal(call(model, order), right)
+        assert streamer.misses == misses
+        layer_bytes = attachment.layers[0].payload_bytes
+        # What gives way to a layer that nobody expected is fetched again: one layer for each.
+        assert fetched_bytes(attachment) - before <= attachment.payload_bytes + misses * layer_bytes
+
+
+def test_the_order_of_execution_is_still_known_when_a_model_comes_back(sim, compute_mode):
+    model = Steps(12)
+    with swapped(model, rings=2) as attachment:
+        streamer = attachment.state.streamer
+        call(model, TWO_STREAMS)
+        for _ in range(3):
+            attachment.unload()
+            attachment.rebalance(attachment.fixed_bytes + attachment.scratch_bytes + 2 * 256 * 256 // 32 * 34)
+            attachment.run.begin(1)
+            before, misses = fetched_bytes(attachment), streamer.misses
+            call(model, TWO_STREAMS)
+            assert streamer.misses == misses
+            assert fetched_bytes(attachment) - before == attachment.payload_bytes
+
+
+def test_layers_that_are_skipped_from_now_on_do_not_clog_the_ring(sim, compute_mode):
+    model = Steps(12)
+    short = [0, 7, 8, 9, 10, 11]
+    right = expected(model, short)
+    with swapped(model, rings=3) as attachment:
+        streamer = attachment.state.streamer
+        call(model)
+        call(model)
+        attachment.run.begin(1)
+        before, misses = fetched_bytes(attachment), streamer.misses
+        assert torch.equal(call(model, short), right)
+        assert streamer.misses - misses <= 2
+        ahead = 3  # were fetched before anybody knew
+        assert fetched_bytes(attachment) - before <= (len(short) + ahead) * attachment.layers[0].payload_bytes
+        assert streamer.overflows == 0
+
+
 def test_the_end_of_a_step_fetches_the_start_of_the_next(sim):
     model = Steps()
     with swapped(model, rings=3) as attachment:
@@ -157,6 +213,62 @@ def test_the_end_of_a_step_fetches_the_start_of_the_next(sim):
             "layers.1": "ready",
             "layers.2": "ready",
         }
+
+
+@pytest.mark.usefixtures("virtual_time")
+@pytest.mark.parametrize("location", ["shared", "cpu"])
+def test_a_slot_is_filled_again_while_its_layer_computes_with_the_unpacked_weight(
+    sim, compute_mode, location
+):
+    model = Steps(8)
+    layer_bytes, busy_s = 256 * 256 // 32 * 34, 0.01
+    for layer in model.layers:
+        layer.forward = lambda x: (sim.busy(busy_s), x)[1]
+    sim.set_bandwidth(h2d=layer_bytes / busy_s)
+    with swapped(model, rings=1, location=location) as attachment:
+        for _ in range(6):
+            call(model)
+        timeline = attachment.state.streamer.timeline
+        timeline.collect()
+        # One copy after the other, each while the layer before computes: not 16 in turn. The host waits
+        # between steps here; the reading thread may then come too late for the first one.
+        in_vain = busy_s if location == "cpu" else 0.0
+        seconds = timeline.finished[-1].seconds
+        assert 8 * busy_s * 0.999 <= seconds <= 8 * busy_s * 1.01 + in_vain
+        assert attachment.layers[3].times.measured == pytest.approx((busy_s, 0.0), abs=1e-6)
+
+
+class Biased(torch.nn.Module):
+    """Linear layers whose biases come with their weights."""
+
+    def __init__(self, count=6):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(256, 256, device="meta") for _ in range(count))
+        for i, layer in enumerate(self.layers):
+            weight, bias = sm.packed_weight("Q8_0", (256, 256), i), torch.linspace(-i, i + 1, 256)
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+            layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, None], ids=["room", "no room"])
+def test_a_bias_is_read_before_its_slot_is_filled_again(sim, compute_mode, compute_dtype):
+    model = Biased()
+    x = X
+    for layer in model.layers:
+        weight = layer.weight.detach().dequantize(torch.float32)
+        x = torch.tanh(torch.nn.functional.linear(x, weight, layer.bias.detach()))
+    ring = model.layers[0].weight.packed_nbytes + 1024
+    # "No room": the scratch is for half precision, and grows for a weight in single precision, not its bias.
+    options = {"compute_dtype": compute_dtype, "ring_bytes": ring, "budget_bytes": 1}
+    with attached(model, device=GPU, location="shared", **options) as attachment, torch.inference_mode():
+        for _ in range(4):
+            assert torch.equal(model(X.to(GPU)).cpu(), x)
+        assert attachment.state.streamer.overflows == 0
 
 
 # ------------------------------------------------------------------------------------------------ accidents

@@ -10,8 +10,8 @@ import torch
 
 from lib_qswap.quant import multiply
 from lib_qswap.quant.packed import PackedTensor
-from lib_qswap.swap.execute import gather_rows, linear, weight_for
-from lib_qswap.swap.streamer import Lease, ResidentLease
+from lib_qswap.swap.execute import gather_rows, let_go, linear, weight_for
+from lib_qswap.swap.lease import Lease, ResidentLease
 
 from . import loading, managed, settings
 from .patches import Patch
@@ -66,6 +66,7 @@ def _weights_manual_cast(
             scaled = attachment.state.scratch.view(weight.shape, weight.dtype)
             weight = torch.mul(weight, scale.to(weight.dtype), out=scaled)
         bias = plain_bias if skip_bias_dtype else _cast(plain_bias, x)
+        bias = let_go(lease, weight, bias, attachment.state.scratch)
         return _with_lora(layer, "weight", weight, packed), _with_lora(layer, "bias", bias, plain_bias), lease
     except BaseException:
         lease.release()

@@ -134,14 +134,12 @@ class Adaptation:
         model.state.streamer.timeline.collect()
         if model.plan is None or model.budget_bytes is None:
             return
-        layers = self.profile.use(work, model.layers)
-        if layers is None:
+        if not self.profile.use(work, model.layers):
             return  # The device has not come to their end yet: at the next step.
-        model.layers = layers  # A new list: the page may be walking along the old one.
         grown_bytes = self._growth_for(work)
         budget_bytes = model.budget_bytes - model.grown_bytes + grown_bytes
         plan = model.make_plan(budget_bytes)
-        gain = profile.gain(plan, model.plan, layers, model.link_bytes_per_s())
+        gain = profile.gain(plan, model.plan, model.layers, model.link_bytes_per_s())
         if gain is None:
             return
         if gain.pays_within(model.run.steps_left):

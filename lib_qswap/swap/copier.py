@@ -41,6 +41,7 @@ class Transfer:
             are set.
         issued: set once the copy has been handed to the device; the event of each transfer that another
             thread hands over, one for all that need none of their own.
+        served: the event on the compute stream at which its layer may begin; None before that is asked for.
         uploads: whether it makes its layer resident.
         error: why the bytes are not there, if so.
     """
@@ -53,6 +54,7 @@ class Transfer:
         "nbytes",
         "ready",
         "recorded",
+        "served",
         "slot",
         "started",
         "target",
@@ -73,6 +75,7 @@ class Transfer:
         self.nbytes = target.numel()
         self.started: Any = None
         self.ready: Any = None
+        self.served: Any = None
         self.issued = ISSUED
         self.recorded = False
         self.cancelled = False

@@ -19,6 +19,7 @@ from lib_qswap.swap.device import Device, align
 
 if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer
+    from lib_qswap.swap.lease import AnyLease
     from lib_qswap.swap.streamer import Streamer
 
 
@@ -29,7 +30,7 @@ class Scratch:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._buffer: torch.Tensor | None = None
-        self._views: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = {}
+        self._views: dict[tuple[torch.Size, torch.dtype, int], torch.Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -53,15 +54,30 @@ class Scratch:
 
         It grows where it is too small: the caller computes in a wider dtype than was announced.
         """
-        found = self._views.get((shape, dtype))
+        found = self._views.get((shape, dtype, 0))
         if found is None:
             nbytes = shape.numel() * dtype.itemsize
             if nbytes > self.nbytes:
                 self.resize(nbytes)
-            assert self._buffer is not None
-            found = self._buffer[:nbytes].view(dtype).view(shape)
-            self._views[shape, dtype] = found
+            found = self._view_at(0, shape, dtype)
         return found
+
+    def _view_at(self, offset_bytes: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        assert self._buffer is not None
+        found = self._buffer[offset_bytes : offset_bytes + shape.numel() * dtype.itemsize]
+        found = self._views[shape, dtype, offset_bytes] = found.view(dtype).view(shape)
+        return found
+
+    def copy_behind(self, weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor | None:
+        """A copy of `tensor` behind `weight`, which is the view that was asked for last; None where there is
+        no room for it."""
+        offset_bytes = align(weight.numel() * weight.element_size())
+        found = self._views.get((tensor.shape, tensor.dtype, offset_bytes))
+        if found is None:
+            if offset_bytes + tensor.numel() * tensor.element_size() > self.nbytes:
+                return None
+            found = self._view_at(offset_bytes, tensor.shape, tensor.dtype)
+        return found.copy_(tensor)
 
 
 def weight_for(
@@ -87,6 +103,23 @@ def weight_for(
     if weight.dtype == dtype:
         return weight
     return scratch.view(weight.shape, dtype).copy_(weight)
+
+
+def let_go(
+    lease: AnyLease, weight: torch.Tensor, bias: torch.Tensor | None, scratch: Scratch
+) -> torch.Tensor | None:
+    """Releases `lease` where what its layer computes with, `weight` and `bias`, lies in its slot no more or
+    need not: a weight that was unpacked into the scratch. The slot is then filled again while the layer
+    computes. Returns the bias to compute with."""
+    if weight is lease.parts["weight"]:
+        return bias
+    if lease.in_ring and bias is not None and bias is lease.parts.get("bias"):
+        kept = scratch.copy_behind(weight, bias)
+        if kept is None:
+            return bias
+        bias = kept
+    lease.release()
+    return bias
 
 
 def gather_rows(
@@ -162,19 +195,25 @@ class Forward:
                 return linear(
                     parts["weight"], parts.get("bias"), inputs, self._scratch, self._computation_dtype
                 )
-            for name, tensor in lease.parts.items():
-                if name == "weight":
-                    tensor = weight_for(
-                        tensor,
-                        dtype,
-                        self._scratch,
-                        arithmetic=self._arithmetic,
-                        computation_dtype=self._computation_dtype,
-                    )
-                elif tensor.is_floating_point():
-                    tensor = tensor.to(dtype)
-                # Straight into the table: registering a Parameter costs more than some layers compute.
-                module._parameters[name] = tensor  # type: ignore[assignment]
+            parts = {
+                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in lease.parts.items()
+                if name != "weight"
+            }
+            if "weight" in lease.parts:
+                parts["weight"] = weight = weight_for(
+                    lease.parts["weight"],
+                    dtype,
+                    self._scratch,
+                    arithmetic=self._arithmetic,
+                    computation_dtype=self._computation_dtype,
+                )
+                if parts.keys() <= {"weight", "bias"}:
+                    bias = let_go(lease, weight, parts.get("bias"), self._scratch)
+                    if bias is not None:
+                        parts["bias"] = bias
+            # Straight into the table: registering a Parameter costs more than some layers compute.
+            module._parameters.update(parts)  # type: ignore[arg-type]
             return self._original(module, *args, **kwargs)
         finally:
             module._parameters.update(masters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -86,19 +86,29 @@ class Part:
         return PackedTensor(data, self.format, self.shape, dtype=self.dtype, source=source)
 
 
+class Measured(NamedTuple):
+    """Seconds on the device's clock.
+
+    compute_s: from the start of a layer's compute to the start of the next layer's, stalls left out; read_s:
+        how much of it went by until its weights had been read.
+    """
+
+    compute_s: float
+    read_s: float
+
+
 @dataclass(slots=True, eq=False)
 class LayerTimes:
     """What the last steps measured of one layer (seconds, on the device's clock).
 
     Attributes:
-        compute_s: from the start of this layer's compute to the start of the next layer's, stalls left
-            out; None before it was measured.
-        by_work: what was measured for each work: compute_s, and the number of uses before this layer's.
+        measured: for the work that was run last; None before it was measured.
+        by_work: for each work.
         uses: how often a forward has asked for its weights.
     """
 
-    compute_s: float | None = None
-    by_work: dict[Hashable, tuple[float, int]] = field(default_factory=dict)
+    measured: Measured | None = None
+    by_work: dict[Hashable, Measured] = field(default_factory=dict)
     stall_s: float = 0.0
     stall_total_s: float = 0.0
     uses: int = 0

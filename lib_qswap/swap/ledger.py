@@ -105,7 +105,7 @@ def model_snapshot(model: Attachment) -> dict[str, Any]:
     layers = []
     pinned = 0
     for index, layer in enumerate(model.layers):
-        home = layer.home
+        home, measured = layer.home, layer.times.measured
         pinned += layer.payload_bytes if home.page_locked else 0
         state = _resident_state(layer) or states.get(layer, "swapped")
         layers.append(
@@ -120,7 +120,8 @@ def model_snapshot(model: Attachment) -> dict[str, Any]:
                 "state": state,
                 "uses": layer.times.uses,
                 "stall_us": round(layer.times.stall_s * 1e6),
-                "compute_us": _microseconds(layer.times.compute_s),
+                "compute_us": _microseconds(measured.compute_s if measured else None),
+                "read_us": _microseconds(measured.read_s if measured else None),
             }
         )
     swapped = sum(layer.payload_bytes for layer in model.layers if layer.resident is None)

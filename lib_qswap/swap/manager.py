@@ -15,17 +15,17 @@ from lib_qswap.quant.unpack import Arithmetic
 from lib_qswap.swap import ledger, profile
 from lib_qswap.swap.adaptation import Adaptation
 from lib_qswap.swap.arena import fill_arena, leave_arenas, use_file
-from lib_qswap.swap.device import ALIGNMENT_BYTES, Device, device_of
+from lib_qswap.swap.device import ALIGNMENT_BYTES, Device, align, device_of
 from lib_qswap.swap.device_state import state_of
 from lib_qswap.swap.home import LOCATIONS, Location, choose_homes, default_pin_budget_bytes, has_file
 from lib_qswap.swap.inventory import Inventory
 from lib_qswap.swap.layer import Layer
+from lib_qswap.swap.lease import AnyLease
 from lib_qswap.swap.module_hooks import ModuleHooks
 from lib_qswap.swap.planner import Plan
 from lib_qswap.swap.plans import Plans
 from lib_qswap.swap.profile import Work
 from lib_qswap.swap.run import Run
-from lib_qswap.swap.streamer import Lease, ResidentLease
 
 ASSUMED_LINK_BYTES_PER_S = 12e9
 """What a plan is made from until the first copies are measured: PCIe 3 x16."""
@@ -110,12 +110,17 @@ class Attachment:
 
     @property
     def scratch_bytes(self) -> int:
-        """What unpacking, or casting, the largest weight takes."""
+        """What unpacking, or casting, the largest weight takes, with its bias behind it."""
         largest = 0
-        for part in (part for layer in self.layers for part in layer.parts if part.name == "weight"):
-            dtype = self.compute_dtype or (torch.float16 if part.format is not None else part.dtype)
-            if part.format is not None or part.dtype != dtype:
-                largest = max(largest, part.shape.numel() * dtype.itemsize)
+        for layer in self.layers:
+            nbytes = 0
+            for part in layer.parts:
+                dtype = self.compute_dtype or (torch.float16 if part.format is not None else part.dtype)
+                if part.name == "weight" and (part.format is not None or part.dtype != dtype):
+                    nbytes = align(part.shape.numel() * dtype.itemsize)
+                elif part.name == "bias" and nbytes:
+                    nbytes += part.shape.numel() * dtype.itemsize
+            largest = max(largest, nbytes)
         return largest
 
     def needs_worker(self) -> bool:
@@ -427,7 +432,17 @@ class Attachment:
         self.state.sweep()
         self.state.streamer.begin_step(id(root), wrap=self.run.goes_on, measured=work if measured else None)
 
-    def acquire(self, layer: Layer) -> Lease | ResidentLease:
+    def end_step(self, root: torch.nn.Module) -> None:
+        """The forward of `root` is over."""
+        traced = self.state.streamer.end_step(id(root))
+        if traced is not None:
+            # Layers of other roots stay where they are, and those of other models have no place here. A new
+            # list: the page may be walking along the old one.
+            places = set(self.layers).intersection(traced)
+            ordered = (layer for layer in traced if layer in places)
+            self.layers = [next(ordered) if layer in places else layer for layer in self.layers]
+
+    def acquire(self, layer: Layer) -> AnyLease:
         """The weights of `layer` on the device; see `Streamer.acquire`."""
         return self.state.streamer.acquire(layer)
 

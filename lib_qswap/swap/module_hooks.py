@@ -35,7 +35,7 @@ class ModuleHooks:
         def after(root: torch.nn.Module, _args: Any, _output: Any) -> None:
             attachment = reference()
             if attachment is not None:
-                attachment.state.streamer.end_step(id(root))
+                attachment.end_step(root)
 
         def relieve(root: torch.nn.Module) -> bool:
             attachment = reference()

@@ -25,6 +25,7 @@ class Order(Generic[L]):
         self._recorded: list[L] = []
         self._predicted: list[L] = []
         self._position = 0
+        self._overtaken = 0  # of those that are predicted next: by the layer that was used last
         self.repeats = False
         """Whether the cycle before this one had the same leader: only then is it worth fetching for the
         next."""
@@ -50,7 +51,7 @@ class Order(Generic[L]):
 
     def _restart(self) -> None:
         self._leader, self._seen = None, set()
-        self._recorded, self._predicted, self._position = [], [], 0
+        self._recorded, self._predicted, self._position, self._overtaken = [], [], 0, 0
         self._broken_off = None
         self.repeats = False
 
@@ -68,31 +69,56 @@ class Order(Generic[L]):
         self.repeats = root == self._leader
         self._leader, self._seen, self._recorded = root, {root}, []
         self._predicted = self._traces.get(root, [])
-        self._position = 0
+        self._position = self._overtaken = 0
         return holds
 
     def _learn(self, leader: Hashable) -> None:
         """What was recorded is the cycle of `leader` from now on. One that broke off, because its forward
         raised, is not taken for a shorter one, unless it comes twice in a row."""
-        known, short = self._traces.get(leader, []), self._recorded
+        known, short = self._predicted, self._recorded
         again = bool(short) and short == self._broken_off
         if len(short) < len(known) and known[: len(short)] == short and not again:
-            self._broken_off = short
+            self._traces[leader], self._broken_off = known, short
         else:
             self._traces[leader], self._broken_off = short, None
 
     def use(self, layer: L) -> bool:
-        """`layer` is used now. Returns whether that was expected."""
+        """`layer` is used now. Returns whether the others that were predicted are still expected next, in the
+        same order.
+
+        A layer that comes before its turn has overtaken some; what they are good for shows next. Either one
+        of them follows: the order is another one. Or the layer does that stood behind the one that overtook
+        them: they are skipped.
+        """
         self._recorded.append(layer)
-        if self._position < len(self._predicted) and self._predicted[self._position] == layer:
+        place = self._position
+        if place < len(self._predicted) and self._predicted[place] == layer:
             self._position += 1
+            self._overtaken = 0
             return True
-        for start in (self._position, 0):
-            try:
-                self._position = self._predicted.index(layer, start) + 1
-                break
-            except ValueError:
-                continue
+        try:
+            found = self._predicted.index(layer, place)
+        except ValueError:
+            return self._use_again(layer)
+        between = self._predicted[place:found]
+        are_skipped = 0 < self._overtaken == len(between)
+        self._predicted = [
+            *self._predicted[:place],
+            layer,
+            *(() if are_skipped else between),
+            *self._predicted[found + 1 :],
+        ]
+        self._position += 1
+        self._overtaken = 0 if are_skipped else len(between)
+        return not are_skipped
+
+    def _use_again(self, layer: L) -> bool:
+        """`layer` is not among those that are to come: where it has been before, what followed it then is
+        expected to follow again."""
+        self._overtaken = 0
+        if layer not in self._predicted:
+            return True
+        self._position = self._predicted.index(layer) + 1
         return False
 
     def ahead(self, count: int, *, wrap: bool) -> L | None:

@@ -94,7 +94,7 @@ class PlanSearch:
         if kept_bytes > self.budget_bytes - ring_bytes or ring_bytes < limit:
             return math.inf
         must_move = self.diffusion.total_bytes - (self.budget_bytes - ring_bytes)
-        return max(self.streaming.total_compute_s, must_move / self.streaming.link_bytes_per_s)
+        return max(self.streaming.least_s(self.budget_bytes), must_move / self.streaming.link_bytes_per_s)
 
     def _size_limits(self) -> list[int]:
         sizes = sorted({size for size in self.nbytes if size > 0}, reverse=True)

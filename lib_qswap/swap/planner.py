@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .plan_search import PlanSearch
-from .step_model import LayerCost, Streaming, bound_step, predict_step
+from .step_model import LayerCost, Streaming, bound_step, least_step, predict_step
 
-__all__ = ["LayerCost", "Plan", "bound_step", "make_plan", "predict_step", "spread"]
+__all__ = ["LayerCost", "Plan", "bound_step", "least_step", "make_plan", "predict_step", "spread"]
 
 # How many layers a search may go through after its first grid; one takes about 1 microsecond.
 SEARCH_EFFORT = 100_000
@@ -66,7 +66,7 @@ def make_plan(
     bandwidth that is not positive.
     """
     _check(layers)
-    streaming = Streaming([x.nbytes for x in layers], [x.compute_s for x in layers], link_bytes_per_s)
+    streaming = Streaming(layers, link_bytes_per_s)
     largest = max(streaming.nbytes, default=0)
     messages = []
     if budget_bytes < largest and budget_bytes < sum(streaming.nbytes):
@@ -101,5 +101,7 @@ def _check(layers: Sequence[LayerCost]) -> None:
     if len({layer.name for layer in layers}) < len(layers):
         raise ValueError("two layers have the same name")
     for layer in layers:
-        if layer.nbytes < 0 or layer.compute_s < 0:
+        if layer.nbytes < 0 or layer.compute_s < 0 or (layer.read_s or 0) < 0:
             raise ValueError(f"layer {layer.name} has a negative size or time")
+        if layer.read_s is not None and layer.read_s > layer.compute_s:
+            raise ValueError(f"layer {layer.name} reads its weights for longer than it computes")

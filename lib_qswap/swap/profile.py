@@ -13,7 +13,7 @@ import torch
 
 from lib_qswap.swap import planner
 from lib_qswap.swap.device import Device
-from lib_qswap.swap.layer import Layer
+from lib_qswap.swap.layer import Layer, Measured
 from lib_qswap.swap.planner import LayerCost, Plan
 
 MEASURED_STEPS = 2
@@ -28,7 +28,9 @@ shorter."""
 ASSUMED_STEPS_LEFT = 8
 ASSUMED_FLOPS = 20e12
 ASSUMED_TOKENS = 4096
-"""What a plan is made from until the first steps are measured: a mid-range card at 1024 x 1024."""
+ASSUMED_UNPACKING = 0.05
+"""What a plan is made from until the first steps are measured: a mid-range card at 1024 x 1024, and how much
+of a layer's time goes into unpacking its weight."""
 
 
 class Work(NamedTuple):
@@ -114,28 +116,29 @@ class Profile:
         """The next step of every known work is to look for a better plan: something has changed."""
         self._in_use.clear()
 
-    def use(self, work: Work, layers: list[Layer]) -> list[Layer] | None:
-        """Takes over what was measured for `work` into the layers' times. Returns `layers` in the order of
-        its execution; None where nothing has been read of it yet."""
-        measured = {layer: found for layer in layers if (found := layer.times.by_work.get(work))}
+    def use(self, work: Work, layers: Sequence[Layer]) -> bool:
+        """Takes over what was measured for `work` into the layers' times. Returns whether anything has been
+        read of it yet."""
+        measured = [layer for layer in layers if work in layer.times.by_work]
         if not measured:
-            return None
+            return False
         self._in_use[work.root] = work
-        for layer, (compute_s, _) in measured.items():
-            layer.times.compute_s = compute_s
-        # Layers of other roots stay where they are in the list.
-        ordered = iter(sorted(measured, key=lambda layer: measured[layer][1]))
-        return [next(ordered) if layer in measured else layer for layer in layers]
+        for layer in measured:
+            layer.times.measured = layer.times.by_work[work]
+        return True
 
 
 def costs(layers: Sequence[Layer]) -> list[LayerCost]:
     """What the planner wants to know of each layer; times that are not measured yet are guessed."""
-    return [LayerCost(layer.name, layer.payload_bytes, _compute_s(layer)) for layer in layers]
+    return [LayerCost(layer.name, layer.payload_bytes, *_times(layer)) for layer in layers]
 
 
-def _compute_s(layer: Layer) -> float:
-    measured = layer.times.compute_s
-    return measured if measured is not None else 2 * layer.elements * ASSUMED_TOKENS / ASSUMED_FLOPS
+def _times(layer: Layer) -> Measured:
+    if layer.times.measured is not None:
+        return layer.times.measured
+    compute_s = 2 * layer.elements * ASSUMED_TOKENS / ASSUMED_FLOPS
+    is_packed = any(part.format is not None for part in layer.parts)
+    return Measured(compute_s, compute_s * ASSUMED_UNPACKING if is_packed else compute_s)
 
 
 class Gain(NamedTuple):

@@ -46,17 +46,23 @@ class Ring:
         self._slots.append(slot)
         return slot
 
-    def give_back_newest(self, slot: Slot) -> None:
-        """Takes back the slot that was taken last, as if it had never been."""
-        if not self._slots or self._slots[-1] is not slot:
-            raise ValueError("only the newest slot can be taken back")
-        self._slots.pop()
-        self._head = slot.previous_head
+    def discard(self, slot: Slot) -> None:
+        """Takes back a slot that nothing has read, as if it had never been, where it was the last one
+        taken."""
+        if self._slots and self._slots[-1] is slot:
+            self._slots.pop()
+            self._head = slot.previous_head
+        else:
+            slot.free = True
+            self._reclaim()
 
     def release(self, slot: Slot, done: Any) -> None:
         """The slot may be written again once the event `done` has happened."""
         slot.free = True
         self._retired.append((slot.start, slot.end, done))
+        self._reclaim()
+
+    def _reclaim(self) -> None:
         while self._slots and self._slots[0].free:
             self._slots.popleft()
 

@@ -3,7 +3,8 @@ streamer.
 
 Swapped layers pass through a ring of bytes, first in, first out, each in one contiguous slot. Copies share
 one link and are issued in execution order, each as soon as its slot's bytes are free; a slot is free when
-its layer's compute has ended. Layers compute one after the other, a swapped one not before its copy has
+its layer has read it: a packed weight is unpacked first, and the rest of its layer's compute needs it no
+more. Layers compute one after the other, a swapped one not before its copy has
 arrived. The end of a step fetches the start of the next. Host time and the contention of copies with compute
 are not modelled.
 """
@@ -21,12 +22,13 @@ AVERAGED_STEPS = 6
 
 
 class LayerCost(NamedTuple):
-    """One layer of a model: the bytes that its weights take on the device, and the seconds that it
-    computes."""
+    """One layer of a model: the bytes that its weights take on the device, the seconds that it computes, and
+    how many of these it takes until the bytes have been read (None: all)."""
 
     name: str
     nbytes: int
     compute_s: float
+    read_s: float | None = None
 
 
 class Fetch(NamedTuple):
@@ -43,18 +45,38 @@ class Fetch(NamedTuple):
 class Streaming:
     """The step model for one order of layers and one link; `step_s` is called with many sets and rings."""
 
-    def __init__(self, nbytes: Sequence[int], compute_s: Sequence[float], link_bytes_per_s: float) -> None:
+    def __init__(self, layers: Sequence[LayerCost], link_bytes_per_s: float) -> None:
         if link_bytes_per_s <= 0:
             raise ValueError(f"the link's bandwidth must be above zero, not {link_bytes_per_s} bytes/s")
-        self.nbytes = nbytes
-        self.compute_s = compute_s
+        self.nbytes = [layer.nbytes for layer in layers]
+        self.compute_s = [layer.compute_s for layer in layers]
+        self.read_s = [layer.compute_s if layer.read_s is None else layer.read_s for layer in layers]
         self.link_bytes_per_s = link_bytes_per_s
-        self.total_compute_s = sum(compute_s)
+        self.total_compute_s = sum(self.compute_s)
 
     def bound_s(self, swapped: Sequence[bool]) -> float:
         """No step is shorter: all compute, or all swapped bytes over the link."""
         moved = sum(size for size, fetched in zip(self.nbytes, swapped, strict=True) if fetched)
         return max(self.total_compute_s, moved / self.link_bytes_per_s)
+
+    def least_s(self, budget_bytes: int) -> float:
+        """No step is shorter with `budget_bytes` for residents and ring together, whatever is in them.
+
+        When compute comes to a stretch of layers, no more than the budget can be on the device; what is
+        missing of the stretch comes over the link while it computes, and the other layers compute before or
+        after that. The stretch for which this takes longest may reach over the end of a step.
+        """
+        surplus = [
+            size / self.link_bytes_per_s - computing
+            for size, computing in zip(self.nbytes, self.compute_s, strict=True)
+        ]
+        most = least = most_here = least_here = 0.0
+        for value in surplus:
+            most_here, least_here = max(0.0, most_here + value), min(0.0, least_here + value)
+            most, least = max(most, most_here), min(least, least_here)
+        # What is left out of a stretch over the end is a stretch itself.
+        longest = max(most, sum(surplus) - least)
+        return self.total_compute_s + max(0.0, longest - budget_bytes / self.link_bytes_per_s)
 
     def step_s(
         self,
@@ -90,7 +112,8 @@ class Streaming:
         if max(sizes) > ring_bytes:
             raise ValueError(f"a layer of {max(sizes)} bytes does not fit into a ring of {ring_bytes} bytes")
         copy_s = [size / self.link_bytes_per_s for size in sizes]
-        uses = list(zip(sizes, copy_s, before_s, [self.compute_s[i] for i in order], order, strict=True))
+        compute_s, read_s = [self.compute_s[i] for i in order], [self.read_s[i] for i in order]
+        uses = list(zip(sizes, copy_s, before_s, compute_s, read_s, order, strict=True))
         # Rounding errors are not to decide between plans that keep one engine busy all the time.
         bound_s = max(self.total_compute_s, sum(copy_s))
         if bound_s > limit_s:
@@ -112,7 +135,7 @@ class Streaming:
                 limit_s * averaged_steps
             ):
                 return (computed - warm_end + (averaged_steps - step) * bound_s - ahead_s) / averaged_steps
-            for size, copying, before, computing, i in uses:
+            for size, copying, before, computing, reading, i in uses:
                 if size > left:  # contiguous: what is left at the end of the ring is skipped
                     address += left
                     left = ring_bytes
@@ -133,8 +156,8 @@ class Streaming:
                 copied += copying
                 if copied > computed:
                     computed = copied
+                freed.append(computed + reading)
                 computed += computing
-                freed.append(computed)
             computed += after_s
         mean_s = (computed - warm_end) / averaged_steps
         return mean_s if mean_s > bound_s * (1 + 1e-9) else bound_s
@@ -157,9 +180,8 @@ class Streaming:
 def _streaming(
     layers: Sequence[LayerCost], resident: Collection[str], link_bytes_per_s: float
 ) -> tuple[Streaming, list[bool]]:
-    nbytes, compute_s = [layer.nbytes for layer in layers], [layer.compute_s for layer in layers]
     kept = frozenset(resident)
-    return Streaming(nbytes, compute_s, link_bytes_per_s), [layer.name not in kept for layer in layers]
+    return Streaming(layers, link_bytes_per_s), [layer.name not in kept for layer in layers]
 
 
 def predict_step(
@@ -172,6 +194,12 @@ def predict_step(
     """
     streaming, swapped = _streaming(layers, resident, link_bytes_per_s)
     return streaming.step_s(swapped, ring_bytes)
+
+
+def least_step(layers: Sequence[LayerCost], *, budget_bytes: int, link_bytes_per_s: float) -> float:
+    """Seconds that no step can be shorter than with `budget_bytes` for residents and ring: at least compute,
+    and more where some stretch of layers has more bytes than the link brings in its time."""
+    return Streaming(layers, link_bytes_per_s).least_s(budget_bytes)
 
 
 def bound_step(layers: Sequence[LayerCost], resident: Collection[str], *, link_bytes_per_s: float) -> float:

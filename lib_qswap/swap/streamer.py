@@ -13,13 +13,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Collection, Hashable, Iterable, Sequence
-from typing import Any
 
 import torch
 
 from lib_qswap.swap.copier import Copier, Transfer
 from lib_qswap.swap.device import Device, align
 from lib_qswap.swap.layer import Layer
+from lib_qswap.swap.lease import AnyLease, Lease, MeasuredLease, ResidentLease
 from lib_qswap.swap.order import Order
 from lib_qswap.swap.ring import Ring
 from lib_qswap.swap.timeline import Timeline
@@ -27,36 +27,6 @@ from lib_qswap.swap.uploads import Uploads, is_waiting
 
 KEPT_VIEWS = 4096
 NO_BYTES = torch.empty(0, dtype=torch.uint8)
-
-
-class ResidentLease:
-    """The weights of a layer that has a permanent copy on the device."""
-
-    __slots__ = ("parts",)
-
-    def __init__(self, parts: dict[str, torch.Tensor]) -> None:
-        self.parts = parts
-
-    def release(self) -> None:
-        """Nothing to give back."""
-
-
-class Lease:
-    """The weights of a swapped layer, valid for work that is issued to the compute stream before
-    `release`."""
-
-    __slots__ = ("_streamer", "parts", "transfer")
-
-    def __init__(self, parts: dict[str, torch.Tensor], transfer: Transfer, streamer: Streamer) -> None:
-        self.parts = parts
-        self.transfer: Transfer | None = transfer
-        self._streamer = streamer
-
-    def release(self) -> None:
-        """The layer's compute is enqueued: its slot may be filled again behind it. Idempotent."""
-        transfer, self.transfer = self.transfer, None
-        if transfer is not None:
-            self._streamer.release(transfer)
 
 
 class Streamer:
@@ -82,7 +52,7 @@ class Streamer:
         self._views: dict[tuple[int, Layer], dict[str, torch.Tensor]] = {}
         self._ahead: deque[Transfer] = deque()
         self._leased: dict[Transfer, None] = {}
-        self._retired: deque[tuple[Transfer, Any]] = deque(maxlen=64)
+        self._retired: deque[Transfer] = deque(maxlen=64)
 
     # ------------------------------------------------------------------------------------------ between steps
     @property
@@ -182,18 +152,21 @@ class Streamer:
         with self._lock:
             for transfer in list(self._leased):  # Abandoned: their forward raised.
                 self._give_back(transfer)
-            if not self.order.begin(root):
-                self._drop_ahead()
+            holds = self.order.begin(root)
             self.wrap = self.order.repeats if wrap is None else wrap
+            if not holds:
+                self._drop_unexpected()
             self._uploads.begin(root)
             self.timeline.begin(root, measured)
             self._prefetch()
 
-    def end_step(self, root: Hashable) -> None:
+    def end_step(self, root: Hashable) -> list[Layer] | None:
+        """The forward of the model `root` is over. Returns its layers, resident and swapped ones, in the
+        order of execution, where it was measured."""
         with self._lock:
-            self.timeline.end(root)
+            return self.timeline.end(root)
 
-    def acquire(self, layer: Layer) -> Lease | ResidentLease:
+    def acquire(self, layer: Layer) -> AnyLease:
         """The weights of `layer`, for work issued from now on to this thread's compute stream.
 
         Raises:
@@ -205,7 +178,7 @@ class Streamer:
                 self._await_resident(layer)
             elif self.timeline.profiling:
                 self.timeline.used(layer, None, self.device.current_stream())
-            return layer.lease
+            return MeasuredLease(layer, self.timeline) if self.timeline.profiling else layer.lease
         with self._lock:
             transfer = self._claim(layer)
         self._await(transfer)
@@ -248,18 +221,31 @@ class Streamer:
         self.timeline.used(transfer.layer, transfer, stream, begun)
 
     def _claim(self, layer: Layer) -> Transfer:
-        expected = self.order.use(layer)
-        if expected and self._ahead and self._ahead[0].layer is layer:
-            transfer = self._ahead.popleft()
-        else:
-            self.misses += 1
-            self._drop_ahead()
-            transfer = self._fetch(layer) or self._overflow(layer)
+        if not self.order.use(layer):
+            self._drop_unexpected(besides=layer)
+        transfer = self._fetched(layer)
+        if transfer is not None:
             self._leased[transfer] = None
-            self._prefetch()
             return transfer
+        self.misses += 1
+        transfer = self._fetch(layer)
+        while transfer is None and self._ahead:  # What is used last gives way.
+            self._discard(self._ahead.pop())
+            transfer = self._fetch(layer)
+        transfer = transfer or self._overflow(layer)
         self._leased[transfer] = None
+        self._prefetch()
         return transfer
+
+    def _fetched(self, layer: Layer) -> Transfer | None:
+        """The transfer of `layer`, if it was fetched ahead: nearly always the first one."""
+        if self._ahead and self._ahead[0].layer is layer:
+            return self._ahead.popleft()
+        for transfer in self._ahead:
+            if transfer.layer is layer:
+                self._ahead.remove(transfer)
+                return transfer
+        return None
 
     def _fetch(self, layer: Layer) -> Transfer | None:
         self.begin_uploads(self._uploads.before(layer))
@@ -295,13 +281,30 @@ class Streamer:
 
     def _drop_ahead(self) -> None:
         while self._ahead:
-            transfer = self._ahead.pop()
-            transfer.cancelled = True
-            assert transfer.slot is not None
-            self._ring.give_back_newest(transfer.slot)
+            self._discard(self._ahead.pop())
+
+    def _drop_unexpected(self, besides: Layer | None = None) -> None:
+        """Of what was fetched ahead, only what is expected next, in that order, stays, and `besides`."""
+        kept: list[Transfer] = []
+        expected = 0
+        for transfer in self._ahead:
+            if transfer.layer is self.order.ahead(expected, wrap=self.wrap):
+                expected += 1
+                kept.append(transfer)
+            elif transfer.layer is besides:
+                kept.append(transfer)
+        for transfer in reversed(self._ahead):
+            if transfer not in kept:
+                self._discard(transfer)
+        self._ahead = deque(kept)
+
+    def _discard(self, transfer: Transfer) -> None:
+        transfer.cancelled = True
+        assert transfer.slot is not None
+        self._ring.discard(transfer.slot)
 
     def release(self, transfer: Transfer) -> None:
-        """The compute that reads `transfer`'s target is enqueued; what that makes room for is fetched."""
+        """What reads `transfer`'s target is enqueued; what that makes room for is fetched."""
         with self._lock:
             if transfer in self._leased:
                 self._give_back(transfer)
@@ -309,9 +312,14 @@ class Streamer:
 
     def _give_back(self, transfer: Transfer) -> None:
         del self._leased[transfer]
-        done = self.device.new_event()
-        self.device.record(done, self.device.current_stream())
-        self._retired.append((transfer, done))
+        stream = self.device.current_stream()
+        if self.timeline.profiling:
+            done = self.timeline.mark(stream)
+            self.timeline.read(transfer.layer, done)
+        else:
+            done = self.device.new_event()
+            self.device.record(done, stream)
+        self._retired.append(transfer)
         if transfer.slot is not None:
             self._ring.release(transfer.slot, done)
         else:
@@ -321,16 +329,18 @@ class Streamer:
     def states(self) -> dict[Layer, str]:
         """What layers are in the ring, by events that have happened: "fetching", "ready" or "in_use". Any
         thread may ask."""
-        states: dict[Layer, str] = {}
         # In the order in which compute comes to them; the host may be far ahead of it.
-        used = [transfer for transfer, done in self._retired.copy() if not done.query()]
-        used += self._leased.copy()
-        coming = [*used, *self._ahead.copy()]
+        coming = deque([*self._retired.copy(), *self._leased.copy()])
+        computing = None
+        while coming and coming[0].served is not None and coming[0].served.query():
+            computing = coming.popleft()
+        coming += self._ahead.copy()
+        states: dict[Layer, str] = {}
         for transfer in reversed(coming):
             if transfer.arrived:
                 states[transfer.layer] = "ready"
             elif transfer.begun:
                 states[transfer.layer] = "fetching"
-        if used and used[0].arrived:
-            states[used[0].layer] = "in_use"
+        if computing is not None and not self.timeline.is_over:
+            states[computing.layer] = "in_use"
         return states

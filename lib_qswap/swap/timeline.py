@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lib_qswap.swap.copier import Transfer
 from lib_qswap.swap.device import Device
-from lib_qswap.swap.layer import Layer
+from lib_qswap.swap.layer import Layer, Measured
 
 KEPT_STEPS = 8
 
@@ -53,12 +53,13 @@ class StepTimes(NamedTuple):
 
 
 class _Step:
-    __slots__ = ("base", "end", "measured", "root", "uses")
+    __slots__ = ("base", "end", "measured", "reads", "root", "uses")
 
     def __init__(self, root: Hashable, base: Any, measured: Hashable) -> None:
         self.root, self.base, self.measured = root, base, measured
         self.end: Any = None
         self.uses: list[Use] = []
+        self.reads: dict[Layer, list[Any]] = {}
 
 
 class Timeline:
@@ -83,12 +84,16 @@ class Timeline:
         self._step = _Step(root, self.mark(self._device.current_stream()), measured)
         self.profiling = measured is not None
 
-    def end(self, root: Hashable) -> None:
+    def end(self, root: Hashable) -> list[Layer] | None:
+        """The forward of `root` is over. Returns the layers in the order of their first use, where it was
+        measured."""
         step = self._step
-        if step is not None and step.root == root:
-            step.end = self.mark(self._device.current_stream())
-            self._waiting.append(step)
-            self._step, self.profiling = None, False
+        if step is None or step.root != root:
+            return None
+        step.end = self.mark(self._device.current_stream())
+        self._waiting.append(step)
+        self._step, self.profiling = None, False
+        return None if step.measured is None else list(dict.fromkeys(use.layer for use in step.uses))
 
     def forget(self) -> None:
         """The steps that have not been read yet are dropped, and with them what they hold on to."""
@@ -103,9 +108,24 @@ class Timeline:
         return event
 
     def used(self, layer: Layer, transfer: Transfer | None, stream: Any, begun: Any = None) -> None:
+        """`layer` computes from now on; it has waited for `transfer` since `begun`."""
+        served = self.mark(stream)
+        if transfer is not None:
+            transfer.served = served
         if self._step is not None:
-            served = self.mark(stream)
             self._step.uses.append(Use(layer, begun if begun is not None else served, served, transfer))
+
+    def read(self, layer: Layer, event: Any = None) -> None:
+        """What reads the weights of `layer` has been issued: up to `event`, or to now."""
+        if self._step is not None and self.profiling:
+            if event is None:
+                event = self.mark(self._device.current_stream())
+            self._step.reads.setdefault(layer, []).append(event)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the device has done all steps that have begun. Any thread may ask."""
+        return self._step is None and all(step.end.query() for step in self._waiting.copy())
 
     def collect(self) -> None:
         """Reads the steps whose events have all happened."""
@@ -136,12 +156,15 @@ class Timeline:
         )
 
     def _measure(self, step: _Step) -> None:
-        compute: dict[Layer, float] = {}
+        measured: dict[Layer, Measured] = {}
         for use, following in itertools.zip_longest(step.uses, step.uses[1:]):
-            until = step.end if following is None else following.begun
-            compute[use.layer] = compute.get(use.layer, 0.0) + _seconds(use.served, until)
-        for position, (layer, took) in enumerate(compute.items()):
-            layer.times.by_work[step.measured] = took, position
+            compute_s = _seconds(use.served, step.end if following is None else following.begun)
+            reads = step.reads.get(use.layer)
+            read_s = min(compute_s, _seconds(use.served, reads.pop(0))) if reads else compute_s
+            before = measured.get(use.layer, Measured(0.0, 0.0))
+            measured[use.layer] = Measured(before.compute_s + compute_s, before.read_s + read_s)
+        for layer, times in measured.items():
+            layer.times.by_work[step.measured] = times
 
 
 def _seconds(first: Any, then: Any) -> float:
