@@ -118,7 +118,9 @@ def test_the_vae_of_a_flux_checkpoint_gets_the_prefix_of_flux(known):
 
 def test_the_positions_of_stable_diffusion_3_are_a_batch_of_one_again(known):
     for prefix in ("", UNET):
-        found = known(f16(f"{prefix}pos_embed", 9, 64), f16(f"{prefix}joint_blocks.0.x_block.attn.qkv.weight", 8, 8))
+        found = known(
+            f16(f"{prefix}pos_embed", 9, 64), f16(f"{prefix}joint_blocks.0.x_block.attn.qkv.weight", 8, 8)
+        )
         positions = found[f"{prefix}pos_embed"]
         assert positions.shape == (1, 9, 64)
         assert torch.equal(positions.dequantize(torch.float32).view(-1), torch.arange(9 * 64).remainder(99))

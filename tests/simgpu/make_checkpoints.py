@@ -138,9 +138,7 @@ class CheckpointMaker(ModelMaker):
         config = json.loads((self.configs / FLUX / "text_encoder_2" / "config.json").read_text())
         with torch.device("meta"):
             shapes = shapes_of(IntegratedT5(config), prefix)
-        return {
-            name: shape for name, shape in shapes.items() if ".encoder." in name or ".shared." in name
-        }
+        return {name: shape for name, shape in shapes.items() if ".encoder." in name or ".shared." in name}
 
     def transformer(self, arch: str, name: str, shapes: Shapes, ggml_type: str) -> None:
         """A transformer by itself, as city96's converter and llama-quantize make it."""
@@ -152,9 +150,9 @@ class CheckpointMaker(ModelMaker):
         self.save_gguf(arch, f"Stable-diffusion/{name}", tensors)
 
     def sdcpp(self, model: str, name: str, ggml_type: str) -> None:
-        """A checkpoint as stable-diffusion.cpp makes it: whatever consists of whole blocks is quantized, norms
-        as well; linear layers around a UNet's transformers are 1x1 convolutions; every CLIP has Hugging
-        Face's names; dimensions of 1 at the end of a shape (GGUF's order) are gone."""
+        """A checkpoint as stable-diffusion.cpp makes it: whatever consists of whole blocks is quantized,
+        norms as well; linear layers around a UNet's transformers are 1x1 convolutions; every CLIP has Hugging
+        Face's names; a 1 in front of a shape is gone."""
         rng = np.random.default_rng(0)
         per_block = BLOCKS[ggml_type][0]
         tensors = []

@@ -7,8 +7,7 @@ flux:NAME:TYPE:HIDDEN:DOUBLE:SINGLE (a Flux transformer as GGUF); a standard set
 TYPE for the weights, and only when asked for: unet:sd1:NAME:TYPE, unet:sdxl:NAME:TYPE (small UNets,
 with :F16 at the end for convolutions that are not quantized, in their own shape), unet:sdxlfull:NAME:TYPE
 (SDXL's own sizes: 2.6 G weights),
-clip:l:NAME:TYPE, clip:g:NAME:TYPE (clipcpp: under clip.cpp's names), sdcpp:sd1:NAME:TYPE and
-sdcpp:sdxl:NAME:TYPE (a whole checkpoint as stable-diffusion.cpp makes it),
+clip:l:NAME:TYPE, clip:g:NAME:TYPE (clipcpp: under clip.cpp's names),
 t5:NAME:TOKEN_EMBD_TYPE:NORM_TYPE; and sdvae, the UNets' VAE.
 """
 
@@ -230,7 +229,6 @@ class ModelMaker:
             ("unet", 4),
             ("clip", 3),
             ("clipcpp", 3),
-            ("sdcpp", 3),
             ("t5", 3),
         ):
             getattr(self, kind)(*details)
@@ -388,27 +386,6 @@ class ModelMaker:
                 yield tensor_name, *rest
 
         self.save_gguf("clip", f"text_encoder/{name}", tensors())
-
-    def sdcpp(self, arch: str, name: str, ggml_type: str) -> None:
-        """A whole checkpoint as stable-diffusion.cpp makes it: every CLIP under Hugging Face's names,
-        convolutions in F16, and 1x1 ones in the place of the linear layers around SDXL's transformers."""
-
-        def tensors():
-            for tensor_name, array, *rest in self._unet_tensors(arch, ggml_type, "F16"):
-                if tensor_name.endswith(("proj_in.weight", "proj_out.weight")) and arch == "sdxl":
-                    columns = array.shape[0]
-                    std = 0.7 / math.sqrt(columns)
-                    array = (torch.randn(columns, columns, 1, 1) * std).half().numpy()
-                    rest = [None]
-                yield f"model.diffusion_model.{tensor_name}", array, *rest
-            for tensor_name, weight in random_state(self.vae_shapes(SD15, "first_stage_model.")).items():
-                yield tensor_name, weight.numpy(), None
-            for size, prefix in (("l", ""), ("g", "1."))[: 1 if arch == "sd1" else 2]:
-                for tensor_name, *rest in self._clip_tensors(size, ggml_type):
-                    tensor_name = tensor_name.replace("text_projection.weight", "text_model.text_projection")
-                    yield f"cond_stage_model.{prefix}transformer.{tensor_name}", *rest
-
-        self.save_gguf(arch, f"Stable-diffusion/{name}", tensors())
 
     def t5(self, name: str, embedding_type: str, norm_type: str) -> None:
         """fluxaux's T5 as t5q8 makes it, with token_embd and the norms in other types."""
