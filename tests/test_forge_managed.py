@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from types import SimpleNamespace
 
@@ -152,6 +153,48 @@ def test_what_forge_reserves_and_does_not_need_is_lent_to_residents(small_gpu):
     small_gpu.memory_management.load_models_gpu([patcher], memory_required=440 * MB)
     assert attachment.grown_bytes == 0
     assert attachment.device.memory_bytes()[0] >= 440 * MB
+
+
+@pytest.fixture
+def seldom_collecting():
+    """As in a process of very many objects, Python does not look for cycles by itself."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def leave_behind(megabytes):
+    """A cycle that nobody can reach, with device memory in it."""
+    cycle = {"tensor": torch.empty(megabytes * MB, dtype=torch.uint8, device=GPU)}
+    cycle["itself"] = cycle
+
+
+@pytest.mark.usefixtures("seldom_collecting")
+def test_what_earlier_generations_left_on_the_device_is_not_missing_from_the_budget(sim, small_gpu):
+    patcher = patcher_of(small_gpu)
+    reserve = 440 * MB
+    small_gpu.memory_management.load_models_gpu([patcher], memory_required=reserve)
+    attachment = small_gpu.qswap("managed").attachment_of(patcher.model)
+    asked = attachment.asked_bytes
+    for _ in range(12):  # images of 8 MB each
+        leave_behind(8)
+        small_gpu.memory_management.load_models_gpu([patcher], memory_required=reserve)
+    assert attachment.asked_bytes > asked - 65 * MB
+    assert sim.memory_allocated() < attachment.budget_bytes + 65 * MB
+
+
+@pytest.mark.usefixtures("seldom_collecting")
+def test_memory_that_somebody_uses_is_looked_at_once(small_gpu, monkeypatch):
+    patcher = patcher_of(small_gpu)
+    for _ in range(2):
+        small_gpu.memory_management.load_models_gpu([patcher])
+    looked = []
+    monkeypatch.setattr(gc, "collect", lambda: looked.append(1))
+    used = torch.empty(100 * MB, dtype=torch.uint8, device=GPU)
+    for _ in range(3):
+        small_gpu.memory_management.load_models_gpu([patcher])
+    assert len(looked) == 1
+    del used
 
 
 def test_a_limit_that_the_user_set_is_not_passed_by_lending(small_gpu):

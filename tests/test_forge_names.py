@@ -116,6 +116,56 @@ def test_the_vae_of_a_flux_checkpoint_gets_the_prefix_of_flux(known):
     }
 
 
+def test_the_positions_of_stable_diffusion_3_are_a_batch_of_one_again(known):
+    for prefix in ("", UNET):
+        found = known(
+            f16(f"{prefix}pos_embed", 9, 64), f16(f"{prefix}joint_blocks.0.x_block.attn.qkv.weight", 8, 8)
+        )
+        positions = found[f"{prefix}pos_embed"]
+        assert positions.shape == (1, 9, 64)
+        assert torch.equal(positions.dequantize(torch.float32).view(-1), torch.arange(9 * 64).remainder(99))
+
+
+@pytest.mark.parametrize("encoder", ["clip_l", "clip_g"])
+def test_the_projections_of_stable_diffusion_3_keep_their_orientation(known, encoder):
+    clip = f"text_encoders.{encoder}.transformer."
+    found = known(
+        f16(f"{UNET}joint_blocks.0.x_block.attn.qkv.weight", 8, 8),
+        tokens(f"{clip}text_model.", 32),
+        f16(f"{clip}text_model.text_projection", 32, 32),
+    )
+    assert f"{clip}text_projection.weight" in found
+    assert not any("text_model.text_projection" in name for name in found)
+
+
+@pytest.mark.parametrize("block", ["input_blocks.0.0.weight", "joint_blocks.0.x_block.attn.qkv.weight"])
+def test_a_vae_that_was_given_beside_the_checkpoint_is_where_forge_looks_for_it(known, block):
+    found = known(f16(UNET + block, 8, 8), f16("vae.decoder.conv_in.weight", 8, 4, 3, 3))
+    assert "first_stage_model.decoder.conv_in.weight" in found
+
+
+@pytest.mark.parametrize(
+    ("width", "encoder", "prefix"),
+    [
+        (768, "clip_l", "cond_stage_model."),
+        (1280, "clip_g", "conditioner.embedders.0.model."),
+        (2048, "clip_l", "conditioner.embedders.0."),
+        (2048, "clip_g", "conditioner.embedders.1.model."),
+    ],
+)
+def test_text_encoders_that_were_given_beside_a_unet_are_where_forge_looks_for_them(
+    known, width, encoder, prefix
+):
+    given = f"text_encoders.{encoder}.transformer."
+    found = known(
+        *unet(width),
+        tokens(f"{given}text_model.", 32),
+        f16(f"{given}text_model.text_projection", 32, 32),
+    )
+    assert f"{prefix}transformer.text_model.embeddings.token_embedding.weight" in found
+    assert f"{prefix}transformer.text_projection.weight" in found
+
+
 def test_a_vae_by_itself_loses_the_prefix_of_the_checkpoint_that_it_was_in(known):
     assert set(known(f16("first_stage_model.decoder.conv_in.weight", 8, 16, 3, 3))) == {
         "decoder.conv_in.weight"

@@ -18,7 +18,7 @@ from lib_qswap.swap.device import device_of, give_back_freed_ram
 from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.manager import Attachment
 
-from . import settings
+from . import positions, settings
 
 _attachments: weakref.WeakKeyDictionary[torch.nn.Module, Attachment] = weakref.WeakKeyDictionary()
 _layers: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Attachment, Layer]] = weakref.WeakKeyDictionary()
@@ -101,8 +101,10 @@ def attachment_for(patcher: Any) -> Attachment:
             can_swap=_can_swap,
             roots=_roots(model),
             borrows=_borrows,
+            stays_on_host=positions.stays_on_host,
         )
         _attachments[model] = attachment
+        positions.copy_crop_once(attachment)
         for layer in attachment.layers:
             module = layer.module()
             if module is not None:
@@ -186,6 +188,7 @@ def _keep_borrowed(reference: weakref.ref[torch.nn.Module]) -> None:
 def release(attachment: Attachment, model: torch.nn.Module) -> None:
     """Gives one model back to Forge as it was made: its own flags, its parameters on the CPU, packed."""
     set_manual_cast(attachment, managed=False)
+    positions.restore(attachment)
     attachment.detach()
     kept: list[weakref.ref[Any]] = [*attachment.gathered, *attachment.inventory.borrowers]
     for reference in kept:

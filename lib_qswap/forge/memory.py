@@ -19,7 +19,7 @@ from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap import ledger
 from lib_qswap.swap.manager import Attachment
 
-from . import bnb, controls, loading, managed, settings
+from . import bnb, controls, leftovers, loading, managed, settings
 from .patches import Patch
 
 MARGIN_BYTES = 64 << 20
@@ -204,6 +204,9 @@ def _load_models_gpu(
     keep: list[Any] = [
         loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in models)
     ]
+    for device in {patcher.load_device for patcher in models}:
+        if leftovers.collect(device, _free_bytes(device)):
+            mm.soft_empty_cache()
     # The last of the list first, so that the first ends up where Forge looks for the most recently used.
     for patcher in reversed(models):
         loaded = next((one for one in keep if one.model is patcher), None)

@@ -54,10 +54,12 @@ class Inventory:
         model: torch.nn.Module,
         can_swap: Callable[[torch.nn.Module], bool],
         borrows: Callable[[torch.nn.Module], bool] = lambda _module: False,
+        stays_on_host: Callable[[torch.nn.Module, str], bool] = lambda _module, _name: False,
     ) -> None:
         """Args:
         can_swap: whether a module can be a layer.
         borrows: whether a module has another one's parameter without computing with it.
+        stays_on_host: whether the buffer of that name does, because the module copies what it needs of it.
         """
         self.layers: list[Layer] = []
         self.gathered: list[weakref.ref[torch.nn.Embedding]] = []
@@ -89,7 +91,7 @@ class Inventory:
                     master = masters.setdefault(id(parameter), parameter.detach())
                     self.fixed.append(Fixed(module, key, master, is_buffer=False))
             for key, buffer in module._buffers.items():
-                if buffer is not None:
+                if buffer is not None and not stays_on_host(module, key):
                     self.fixed.append(Fixed(module, key, buffer, is_buffer=True))
 
     def _add_layer(self, name: str, module: torch.nn.Module) -> bool:

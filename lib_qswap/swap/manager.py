@@ -43,6 +43,7 @@ class Attachment:
         budget_bytes: device bytes for weights that are in force; None: not decided yet, or no longer right.
         spare_bytes: what may be given on top of the budget that was asked for.
         grown_bytes: the part of it that was given on top, since steps turned out not to need it.
+        kept: what the host itself keeps on the device for this model, as long as it runs.
     """
 
     _serials = itertools.count()
@@ -61,6 +62,7 @@ class Attachment:
         can_swap: Callable[[torch.nn.Module], bool],
         roots: Sequence[torch.nn.Module] | None,
         borrows: Callable[[torch.nn.Module], bool] = lambda _module: False,
+        stays_on_host: Callable[[torch.nn.Module, str], bool] = lambda _module, _name: False,
     ) -> None:
         self.serial = next(self._serials)
         self.name = name
@@ -79,7 +81,8 @@ class Attachment:
         self.grown_bytes = 0
         self.adaptation = Adaptation(self)
         self._plans = Plans()
-        self.inventory = Inventory(module, can_swap, borrows)
+        self.kept: dict[object, torch.Tensor] = {}
+        self.inventory = Inventory(module, can_swap, borrows, stays_on_host)
         self.layers = self.inventory.layers
         self.gathered = self.inventory.gathered
         self.roots = [weakref.ref(root) for root in (roots if roots is not None else [module])]
@@ -359,6 +362,7 @@ class Attachment:
     def rest(self) -> None:
         """This model does not run for a while: what its layers pass through is given back, residents stay."""
         self.adaptation.profile.close()
+        self.kept.clear()
         if self in self.state.active:
             with self.state.changing():
                 self.state.active.discard(self)
@@ -399,6 +403,7 @@ class Attachment:
     def unload(self) -> None:
         """Drops every device copy. Nothing is moved: the masters have been there all the time."""
         self.adaptation.profile.close()
+        self.kept.clear()
         with self.state.changing():
             self.state.streamer.quiesce()
             self.state.streamer.evict([layer for layer in self.layers if layer.resident is not None])

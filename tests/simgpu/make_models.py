@@ -5,9 +5,9 @@
 WHAT: sd15, sd15mini, fluxaux (VAE, CLIP and T5 for Flux), t5q8 (fluxaux's T5 as GGUF), lora,
 flux:NAME:TYPE:HIDDEN:DOUBLE:SINGLE (a Flux transformer as GGUF); a standard set by default. As GGUF with a
 TYPE for the weights, and only when asked for: unet:sd1:NAME:TYPE, unet:sdxl:NAME:TYPE (small UNets,
-with :F16 at the end for convolutions that are not quantized, in their own shape),
-clip:l:NAME:TYPE, clip:g:NAME:TYPE (clipcpp: under clip.cpp's names), sdcpp:sd1:NAME:TYPE and
-sdcpp:sdxl:NAME:TYPE (a whole checkpoint as stable-diffusion.cpp makes it),
+with :F16 at the end for convolutions that are not quantized, in their own shape), unet:sdxlfull:NAME:TYPE
+(SDXL's own sizes: 2.6 G weights),
+clip:l:NAME:TYPE, clip:g:NAME:TYPE (clipcpp: under clip.cpp's names),
 t5:NAME:TOKEN_EMBD_TYPE:NORM_TYPE; and sdvae, the UNets' VAE.
 """
 
@@ -94,6 +94,14 @@ SDXL_SMALL_UNET = {
     "transformer_depth": [0, 0, 1, 1, 1, 1],
     "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
 }
+
+SDXL_UNET = {
+    **SDXL_SMALL_UNET,
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
+}
+UNETS = {"sd1": {**SD1_UNET, **SD1_SMALL}, "sdxl": SDXL_SMALL_UNET, "sdxlfull": SDXL_UNET}
 
 # City96's names for T5's tensors; applied in this order.
 T5_NAMES = (
@@ -221,7 +229,6 @@ class ModelMaker:
             ("unet", 4),
             ("clip", 3),
             ("clipcpp", 3),
-            ("sdcpp", 3),
             ("t5", 3),
         ):
             getattr(self, kind)(*details)
@@ -335,10 +342,11 @@ class ModelMaker:
 
         With `conv_type` as stable-diffusion.cpp makes it: convolutions in that type, and no other shapes.
         """
-        self.save_gguf(arch, f"Stable-diffusion/{name}", self._unet_tensors(arch, ggml_type, conv_type))
+        tensors = self._unet_tensors(arch, ggml_type, conv_type)
+        self.save_gguf(arch.removesuffix("full"), f"Stable-diffusion/{name}", tensors)
 
     def _unet_tensors(self, arch: str, ggml_type: str, conv_type: str | None):
-        shapes = self.unet_shapes(**({**SD1_UNET, **SD1_SMALL} if arch == "sd1" else SDXL_SMALL_UNET))
+        shapes = self.unet_shapes(**UNETS[arch])
         rng = np.random.default_rng(0)
         for tensor_name, shape in shapes.items():
             elements = math.prod(shape)
@@ -378,27 +386,6 @@ class ModelMaker:
                 yield tensor_name, *rest
 
         self.save_gguf("clip", f"text_encoder/{name}", tensors())
-
-    def sdcpp(self, arch: str, name: str, ggml_type: str) -> None:
-        """A whole checkpoint as stable-diffusion.cpp makes it: every CLIP under Hugging Face's names,
-        convolutions in F16, and 1x1 ones in the place of the linear layers around SDXL's transformers."""
-
-        def tensors():
-            for tensor_name, array, *rest in self._unet_tensors(arch, ggml_type, "F16"):
-                if tensor_name.endswith(("proj_in.weight", "proj_out.weight")) and arch == "sdxl":
-                    columns = array.shape[0]
-                    std = 0.7 / math.sqrt(columns)
-                    array = (torch.randn(columns, columns, 1, 1) * std).half().numpy()
-                    rest = [None]
-                yield f"model.diffusion_model.{tensor_name}", array, *rest
-            for tensor_name, weight in random_state(self.vae_shapes(SD15, "first_stage_model.")).items():
-                yield tensor_name, weight.numpy(), None
-            for size, prefix in (("l", ""), ("g", "1."))[: 1 if arch == "sd1" else 2]:
-                for tensor_name, *rest in self._clip_tensors(size, ggml_type):
-                    tensor_name = tensor_name.replace("text_projection.weight", "text_model.text_projection")
-                    yield f"cond_stage_model.{prefix}transformer.{tensor_name}", *rest
-
-        self.save_gguf(arch, f"Stable-diffusion/{name}", tensors())
 
     def t5(self, name: str, embedding_type: str, norm_type: str) -> None:
         """fluxaux's T5 as t5q8 makes it, with token_embd and the norms in other types."""
