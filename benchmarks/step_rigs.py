@@ -4,10 +4,7 @@ how a link is set or measured, and which counters there are."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
-import mmap
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +17,7 @@ from torch import nn
 from lib_qswap.quant.gguf_file import open_gguf
 from lib_qswap.standalone.flux import build
 from lib_qswap.standalone.host import computation_dtype
+from lib_qswap.standalone.measure import read_bytes_per_s
 from lib_qswap.swap.device import device_of
 from lib_qswap.swap.device_state import state_of
 from lib_qswap.swap.execute import Scratch
@@ -87,21 +85,6 @@ class Rig:
     def module(self) -> Any:
         return getattr(torch, self.device.device.type)
 
-    def peak_device_bytes(self) -> int | None:
-        """With what was freed while the device still had to use it: who lets the host run ahead fills the
-        memory with it."""
-        if not self._has_statistics:
-            return None
-        return self.module.memory_stats()["active_bytes.all.peak"]
-
-    def reset_peak(self) -> None:
-        if self._has_statistics:
-            self.module.reset_peak_memory_stats()
-
-    @property
-    def _has_statistics(self) -> bool:
-        return not self.device.is_host and hasattr(self.module, "memory_stats")
-
     def clean_up(self) -> None:
         """Gives back what the last measurement left in caches."""
         gc.collect()
@@ -109,29 +92,12 @@ class Rig:
         self.device.empty_cache()
 
     def home_bytes_per_s(self, attachment: Attachment) -> float | None:
-        """How fast one thread reads the masters of a model into a small buffer; None where it takes no time
-        that counts: the device reads page-locked memory by itself, and virtual time has no reading."""
-        if self.clock == "virtual" or all(layer.home.page_locked for layer in attachment.layers):
-            return None
-        buffer = torch.empty(8 << 20, dtype=torch.uint8)
-        begun = time.perf_counter()
-        for layer in attachment.layers:
-            for start in range(0, layer.payload_bytes, buffer.numel()):
-                layer.home.read_into(buffer[: layer.payload_bytes - start], start)
-        return attachment.payload_bytes / (time.perf_counter() - begun)
+        """How fast one thread reads the masters of a model; None where it takes no time that counts: virtual
+        time has no reading, and page-locked memory the device reads by itself."""
+        return None if self.clock == "virtual" else read_bytes_per_s(attachment.layers)
 
     def environment(self) -> dict[str, Any]:
         return {"device": str(self.device.device), "clock": self.clock}
-
-
-def rss_bytes() -> int | None:
-    """RAM that this process has resident now, without pages of files; None: not known."""
-    if sys.platform != "linux":
-        return None
-    with contextlib.suppress(AttributeError):  # glibc's heap keeps what was freed.
-        ctypes.CDLL(None).malloc_trim(0)
-    _, resident, of_files, *_ = map(int, Path("/proc/self/statm").read_text().split())
-    return (resident - of_files) * mmap.PAGESIZE
 
 
 class ComputingRig(Rig):

@@ -44,9 +44,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from step_peers import Peer, find_peers, versions  # noqa: E402
-from step_rigs import ComputingRig, Rig, SimulatedRig, rss_bytes  # noqa: E402
+from step_rigs import ComputingRig, Rig, SimulatedRig  # noqa: E402
 
 from lib_qswap.standalone.demo_file import demo_file  # noqa: E402
+from lib_qswap.standalone.measure import peak_device_bytes, reset_peak_device_bytes, rss_bytes  # noqa: E402
 from lib_qswap.swap.home import Location  # noqa: E402
 from lib_qswap.swap.manager import Attachment  # noqa: E402
 
@@ -143,7 +144,7 @@ class Runner:
         for _ in range(WARM_UP_STEPS):
             model(*inputs)
             device.synchronize()
-        self.rig.reset_peak()
+        reset_peak_device_bytes(device.device)
         stream, marks = device.current_stream(), []
         for step in range(self.steps + 2):
             if step:  # One more that begins with the device idle, and does not count.
@@ -160,7 +161,7 @@ class Runner:
         return {
             "step_s": marks[0].elapsed_time(marks[-1]) * 1e-3 / (len(marks) - 1),
             "step_seconds": [one.elapsed_time(then) * 1e-3 for one, then in itertools.pairwise(marks)],
-            "peak_device_bytes": self.rig.peak_device_bytes(),
+            "peak_device_bytes": peak_device_bytes(device.device),
             "page_locked_bytes": page_locked,
             "rss_bytes": None if ram is None or ram_before is None else ram - ram_before,
             "same_output": torch.equal(result, self.expected),
