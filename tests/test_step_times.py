@@ -96,6 +96,49 @@ def test_nothing_is_read_before_it_has_arrived_or_overwritten_before_it_was_read
     assert not result["hazards"]
 
 
+@pytest.fixture(scope="module")
+def narrow(simgpu, tmp_path_factory):
+    """Runs step_times.py with a model of 50 MB; returns what it wrote."""
+    folder = tmp_path_factory.mktemp("narrow")
+
+    def run_with(*options: str) -> dict:
+        path = folder / "result.json"
+        fixed = ("--hidden", "256", "--shares", "25", "--steps", "1", "--json", path)
+        run(BENCHMARKS / "step_times.py", *fixed, *options, cache=folder)
+        return json.loads(path.read_text())
+
+    return run_with
+
+
+@pytest.mark.simgpu
+def test_a_device_that_stands_for_a_card_runs_every_system_again_and_is_labelled(narrow):
+    cases = narrow("--cards", "0.03:0.02")["cases"]
+    assert [case["case"] for case in cases] == [name for name in CASES for _ in range(2)]
+    for own, card in zip(cases[::2], cases[1::2], strict=True):
+        assert own["stands_for"] is None
+        assert (
+            card["stands_for"] == "stands for a card of 0.03 GB: memory capped, link throttled to 0.02 GB/s"
+        )
+        assert card["link_bytes_per_s"] == 0.02e9
+        assert {row["system"] for row in card["rows"]} == {
+            row["system"] for row in own["rows"] if row["system"] != "all resident"
+        }
+        for row in swapped_rows(card):
+            assert 0.1 < row["resident_share"] < 0.6
+            assert row["peak_device_bytes"] < 0.03e9
+            assert row["same_output"]
+            assert row["ratio"] < 1.1
+
+
+@pytest.mark.simgpu
+def test_a_run_out_of_time_says_what_it_left_out_and_keeps_the_rest(narrow):
+    cases = narrow("--time-limit", "0")["cases"]
+    assert [case["case"] for case in cases] == list(CASES)
+    for case in cases:
+        assert [row["system"] for row in case["rows"]] == ["all resident"]
+        assert {"QSwap shared", "QSwap cpu", "QSwap disk"} <= set(case["left_out"])
+
+
 @pytest.mark.simgpu
 def test_the_plot_has_a_curve_for_every_system_in_every_case(result, result_file, tmp_path):
     svg = tmp_path / "plot.svg"
