@@ -147,8 +147,8 @@ def step_times() -> list[str]:
     if any(row["system"].startswith("Forge") for row in cases["balanced"]["rows"]):
         lines += [
             "",
-            "Forge's rows are its own memory manager and layers with the budget as 'GPU Weights', of which it",
-            "keeps up to 1/1.3 resident; in its form Q4_K takes a ninth more bytes, and its Shared",
+            "Forge's rows are its own memory manager and layers with the budget as 'GPU Weights', of which",
+            "it keeps up to 1/1.3 resident; in its form Q4_K takes a ninth more bytes, and its Shared",
             "page-locks no GGUF weight. The host of its Async runs ahead as well.",
         ]
     return lines

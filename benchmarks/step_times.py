@@ -127,6 +127,7 @@ class Suite:
                 self._add(case, measure())
             else:
                 case["left_out"].append(name)
+                self.on_rows(case, [])
 
     def _add(self, case: Row, rows: list[Row]) -> None:
         case["rows"] += rows
@@ -241,8 +242,11 @@ def main() -> None:
     }
     result: Row = {"environment": environment}
 
+    headed: list[Row] = []
+
     def on_rows(case: Row, rows: list[Row]) -> None:
-        if len(case["rows"]) == len(rows):
+        if not headed or headed[-1] is not case:
+            headed.append(case)
             print(heading(case))
         for row in rows:
             print(line_of(row), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
 CASES = ("compute-bound", "balanced", "link-bound")
 SHARES = (0.1, 0.25, 0.75)
+QUICK_STEPS = 2
 OVER_BOUND = {"shared": 1.03, "cpu": 1.05, "disk": 1.10}
 MORE_AT_10_PERCENT = 0.07
 
@@ -96,47 +99,63 @@ def test_nothing_is_read_before_it_has_arrived_or_overwritten_before_it_was_read
     assert not result["hazards"]
 
 
-@pytest.fixture(scope="module")
-def narrow(simgpu, tmp_path_factory):
-    """Runs step_times.py with a model of 50 MB; returns what it wrote."""
-    folder = tmp_path_factory.mktemp("narrow")
-
-    def run_with(*options: str) -> dict:
-        path = folder / "result.json"
-        fixed = ("--hidden", "256", "--shares", "25", "--steps", "1", "--json", path)
-        run(BENCHMARKS / "step_times.py", *fixed, *options, cache=folder)
-        return json.loads(path.read_text())
-
-    return run_with
-
-
 @pytest.mark.simgpu
-def test_a_device_that_stands_for_a_card_runs_every_system_again_and_is_labelled(narrow):
-    cases = narrow("--cards", "0.03:0.02")["cases"]
-    assert [case["case"] for case in cases] == [name for name in CASES for _ in range(2)]
-    for own, card in zip(cases[::2], cases[1::2], strict=True):
-        assert own["stands_for"] is None
-        assert (
-            card["stands_for"] == "stands for a card of 0.03 GB: memory capped, link throttled to 0.02 GB/s"
-        )
-        assert card["link_bytes_per_s"] == 0.02e9
-        assert {row["system"] for row in card["rows"]} == {
-            row["system"] for row in own["rows"] if row["system"] != "all resident"
-        }
-        for row in swapped_rows(card):
-            assert 0.1 < row["resident_share"] < 0.6
-            assert row["peak_device_bytes"] < 0.03e9
-            assert row["same_output"]
-            assert row["ratio"] < 1.1
-
-
-@pytest.mark.simgpu
-def test_a_run_out_of_time_says_what_it_left_out_and_keeps_the_rest(narrow):
-    cases = narrow("--time-limit", "0")["cases"]
+def test_a_run_out_of_time_says_what_it_left_out_and_keeps_the_rest(simgpu, tmp_path):
+    path = tmp_path / "result.json"
+    options = ("--hidden", "256", "--steps", "1", "--time-limit", "0", "--json", path)
+    run(BENCHMARKS / "step_times.py", *options, cache=tmp_path)
+    cases = json.loads(path.read_text())["cases"]
     assert [case["case"] for case in cases] == list(CASES)
     for case in cases:
         assert [row["system"] for row in case["rows"]] == ["all resident"]
         assert {"QSwap shared", "QSwap cpu", "QSwap disk"} <= set(case["left_out"])
+
+
+@pytest.mark.simgpu
+def test_a_device_that_stands_for_a_card_runs_every_system_again_and_is_labelled(sim, engine, result_file):
+    import step_times
+    from step_rigs import SimulatedRig
+
+    model = next(result_file.parent.glob("*.gguf"))
+    rig = SimulatedRig(model, compute_s=1.0, virtual=True)
+    rig.cases = {"balanced": 4 / 3}
+    shown = []
+    suite = step_times.Suite(
+        rig,
+        steps=QUICK_STEPS,
+        shares=(0.25,),
+        cards=step_times.cards("0.12:0.08,0.2:0.05"),
+        forge=None,
+        job={},
+        end_s=math.inf,
+        on_rows=lambda case, rows: shown.extend(rows),
+    )
+    suite.run()
+    own, *cards = suite.cases
+    assert own["stands_for"] is None
+    assert shown == [row for case in suite.cases for row in case["rows"]]
+    for card, memory, link in zip(cards, ("0.12", "0.2"), ("0.08", "0.05"), strict=True):
+        assert (
+            card["stands_for"]
+            == f"stands for a card of {memory} GB: memory capped, link throttled to {link} GB/s"
+        )
+        assert card["link_bytes_per_s"] == float(link) * 1e9
+        assert {row["system"] for row in card["rows"]} == {row["system"] for row in own["rows"][1:]}
+        for row in swapped_rows(card):
+            assert row["peak_device_bytes"] < card["limit_bytes"]
+            assert row["same_output"]
+            assert row["ratio"] < 1.1
+    few, many = (case["rows"][0]["resident_share"] for case in cards)
+    assert few < 0.6 < 0.9 < many
+
+
+def test_cards_are_written_as_memory_and_link():
+    import step_times
+
+    assert step_times.cards("6:12.5") == [(6_000_000_000, 12.5e9)]
+    for wrong in ("6", "6:12:1", "a:b", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not like 6:12,8:16"):
+            step_times.cards(wrong)
 
 
 @pytest.mark.simgpu
