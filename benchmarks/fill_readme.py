@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gpu_tables import gigabytes, tables
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {"shared": "Shared", "cpu": "CPU", "disk": "Disk"}
@@ -18,10 +20,6 @@ START, END = "<!-- figures:start -->", "<!-- figures:end -->"
 
 def result(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def gigabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.0f} MB"
 
 
 def forge_side_by_side() -> list[str]:
@@ -206,13 +204,25 @@ def dequant_cpu() -> list[str]:
     return lines
 
 
+def gpu() -> list[str]:
+    """Of every GPU that was measured."""
+    lines: list[str] = []
+    for path in sorted(RESULTS.glob("gpu_*.json")):
+        if not path.stem.endswith("_steps"):
+            steps = path.with_name(f"{path.stem}_steps.json")
+            found = tables(result(path.stem), result(steps.stem) if steps.exists() else {})
+            lines += ([""] if lines else []) + found
+    return lines
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     before, rest = text.split(START)
     _, after = rest.split(END)
     parts = (forge_side_by_side, step_times, simulated_step, dequant_cpu, host_memory, planner)
-    sections = ["\n".join(part()) for part in parts if (RESULTS / f"{part.__name__}.json").exists()]
+    written = [gpu(), *(part() for part in parts if (RESULTS / f"{part.__name__}.json").exists())]
+    sections = ["\n".join(lines) for lines in written if lines]
     readme.write_text(f"{before}{START}\n" + "\n\n".join(sections) + f"\n{END}{after}", encoding="utf-8")
 
 

@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import json
 import math
 import platform
 import re
@@ -46,6 +45,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+import results_file  # noqa: E402
 from step_forge import forge_rows  # noqa: E402
 from step_peers import find_peers, versions  # noqa: E402
 from step_rigs import Card, Rig, SimulatedRig, make_rig  # noqa: E402
@@ -254,7 +254,7 @@ def main() -> None:
         if isinstance(rig, SimulatedRig):
             result["hazards"] = rig.hazards()
         # After every system: whoever ends the run early keeps what there is.
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        results_file.write(path, result)
 
     suite = Suite(
         rig,
