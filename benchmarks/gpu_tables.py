@@ -74,10 +74,11 @@ def _engine(suite: Row) -> list[str]:
     lines = []
     if "switching" in engine:
         row = engine["switching"]
+        size, leaving_ms = gigabytes(row["resident_bytes"]), row["unload_s"] * 1e3
         lines += [
-            f"A model of {gigabytes(row['resident_bytes'])} leaves the device in {row['unload_s'] * 1e3:.1f} ms;",
-            f"back, its first step takes {row['first_step_s']:.2f} s, a later one {row['later_step_s']:.2f} s,",
-            f"and its bytes {row['transfer_s']:.2f} s on the link.",
+            f"A model of {size} leaves the device in {leaving_ms:.1f} ms; back, its first step takes",
+            f"{row['first_step_s']:.2f} s, a later one {row['later_step_s']:.2f} s, and its bytes "
+            f"{row['transfer_s']:.2f} s on the link.",
         ]
     if "peak_over_allowed" in engine.get("running_ahead", {}):
         row = engine["running_ahead"]

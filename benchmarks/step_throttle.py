@@ -54,7 +54,7 @@ class Throttle:
         return self
 
     def __exit__(self, *_: object) -> None:
-        torch.Tensor.copy_, torch.Tensor.to = self._copy, self._to
+        del torch.Tensor.copy_, torch.Tensor.to  # Its base class has them.
 
     def _after(self, source: Tensor, copied: Tensor, non_blocking: bool) -> None:
         """Lets the bytes that a copy still owes cross the link. Its caller waits for them where it would have

@@ -105,21 +105,32 @@ class Suite:
                     error = whole["error"]
                     raise SystemExit(f"the whole model has to run on the device to begin with: {error}")
             with rig.case(value, runner.compute_s):
-                for card in (None, *self.cards):
-                    shares = self.shares if card is None else (fitting_share(whole, card.memory_bytes),)
-                    with rig.standing_for(card):
-                        case: Row = {
-                            "case": name,
-                            "compute_s": runner.compute_s,
-                            "link_bytes_per_s": rig.link_bytes_per_s(),
-                            "limit_bytes": card and card.memory_bytes,
-                            "stands_for": card and card.label,
-                            "rows": [],
-                            "left_out": [],
-                        }
-                        self.cases.append(case)
-                        self._add(case, [whole] if card is None else [])
-                        self._measure(case, self._systems(runner, value, card, shares))
+                cases = [self._begin(name, runner, whole, card) for card in (None, *self.cards)]
+                # QSwap on every card before the others begin: time may run out.
+                for systems in (self._own, self._others):
+                    for card, shares, case in cases:
+                        with rig.standing_for(card):
+                            self._measure(case, systems(runner, value, card, shares))
+
+    def _begin(
+        self, name: str, runner: Runner, whole: Row, card: Card | None
+    ) -> tuple[Card | None, tuple[float, ...], Row]:
+        with self.rig.standing_for(card):
+            link = self.rig.link_bytes_per_s()
+        case: Row = {
+            "case": name,
+            "compute_s": runner.compute_s,
+            "link_bytes_per_s": link,
+            "limit_bytes": card and card.memory_bytes,
+            "stands_for": card and card.label,
+            "rows": [],
+            "left_out": [],
+        }
+        self.cases.append(case)
+        if card is None:
+            self._add(case, [whole])
+            return card, self.shares, case
+        return card, (fitting_share(whole, card.memory_bytes),), case
 
     def _measure(self, case: Row, systems: dict[str, Callable[[], list[Row]]]) -> None:
         for name, measure in systems.items():
@@ -133,7 +144,7 @@ class Suite:
         case["rows"] += rows
         self.on_rows(case, rows)
 
-    def _systems(
+    def _own(
         self, runner: Runner, value: float, card: Card | None, shares: tuple[float, ...]
     ) -> dict[str, Callable[[], list[Row]]]:
         systems: dict[str, Callable[[], list[Row]]] = {}
@@ -141,11 +152,18 @@ class Suite:
             systems["dense"] = lambda: [runner.dense()]
         for location in LOCATIONS:
             systems[f"QSwap {location}"] = functools.partial(runner.qswap, location, shares)
+        return systems
+
+    def _others(
+        self, runner: Runner, value: float, card: Card | None, shares: tuple[float, ...]
+    ) -> dict[str, Callable[[], list[Row]]]:
+        systems: dict[str, Callable[[], list[Row]]] = {}
         for name, peer in find_peers(self.rig.device.device).items():
             systems[name] = lambda name=name, peer=peer: [runner.peer(name, peer)]
         if self.forge is not None:
+            forge = self.forge
             job = {"case": value, "card": card, "compute_s": runner.compute_s, "shares": shares}
-            systems["Forge"] = lambda: forge_rows(self.forge, self.job | job, self.end_s - time.monotonic())
+            systems["Forge"] = lambda: forge_rows(forge, self.job | job, self.end_s - time.monotonic())
         return systems
 
 

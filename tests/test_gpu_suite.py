@@ -135,8 +135,12 @@ def test_the_tables_show_least_and_most_over_shapes_and_nothing_that_is_missing(
     ]
     card = {"stands_for": "stands for a card of 6 GB", "case": "1024 x 1024", "link_bytes_per_s": 12e9}
     dense = {
-        **{"system": "dense bfloat16", "step_s": 1.0, "packed_over_dense": 1.04},
-        **{"peak_device_bytes": 24e9, "page_locked_bytes": 0, "rss_bytes": None},
+        "system": "dense bfloat16",
+        "step_s": 1.0,
+        "packed_over_dense": 1.04,
+        "peak_device_bytes": 24e9,
+        "page_locked_bytes": 0,
+        "rss_bytes": None,
     }
     steps = {"cases": [card | {"rows": [dense, {"system": "mmgp", "error": "no"}]}]}
     lines = tables({"dtype": "bfloat16", "unpack": {"types": {"Q4_K": rows}}}, steps)
