@@ -11,7 +11,8 @@ which unpacking is.
 Forge keeps up to 1/1.3 of it resident and leaves the rest to weights in flight. Weights are in the form that
 Forge brings them into when a model is loaded for the first time, in which Q4_K takes a ninth more bytes.
 Shared page-locks next to nothing here, as in the web UI: Forge's GGUF parameter copies its bytes into
-ordinary memory again whenever it is made, from page-locked ones too.
+ordinary memory again whenever it is made, from page-locked ones too. Outputs are compared with each other
+only: Forge's unpacking rounds differently.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def test_cards_are_written_as_memory_and_link():
 
     assert step_times.cards("6:12.5") == [(6_000_000_000, 12.5e9)]
     for wrong in ("6", "6:12:1", "a:b", ""):
-        with pytest.raises(argparse.ArgumentTypeError, match="is not like 6:12,8:16"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not like 6:12,8:13"):
             step_times.cards(wrong)
 
 
