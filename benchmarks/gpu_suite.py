@@ -1,13 +1,17 @@
-"""What a GPU reaches: copies, unpacking with Triton and with torch, beside the chain of torch operations that
-other programs use.
+"""What a GPU reaches: the ceilings of its link, memory and compute, then unpacking, page-locking, switching
+and memory while the host runs ahead, then steps beside other programs.
 
-    python benchmarks/gpu_suite.py [--device cuda] [--types Q4_K,Q8_0] [--small] [--json FILE]
+    python benchmarks/gpu_suite.py [--device cuda] [--types Q4_K,Q8_0] [--forge DIR] [--small] [--json FILE]
 
-Every number is taken on tensors that together are larger than the GPU's cache, and on CUDA within a graph, so
-that the host's time for a launch is not in it; that is measured by itself. Bandwidth counts the bytes read
-and the bytes written. The result goes to benchmarks/results/gpu_<device>.json, and that of step_times.py,
-which runs last, to gpu_<device>_steps.json. `--small` is a quick run of every part on any device, the CPU
-included.
+Every section is a process of its own: one that fails, hangs or takes the device down with it costs no other.
+The suite ends within `--time-limit` (ten minutes) and keeps what it has by then. The result goes to
+benchmarks/results/gpu_<device>.json after every section, that of step_times.py, the last, to
+gpu_<device>_steps.json. At the end come the figures that are aimed at, and whether they were reached.
+
+Times of operations are taken on tensors that together are larger than the GPU's cache, and on CUDA within a
+graph, so that the host's time for a launch is not in them; that is measured by itself. Bandwidth counts the
+bytes read and the bytes written. `--small` is a quick run of every part on any device, the CPU and the
+simulated accelerator (simgpu) included.
 """
 
 from __future__ import annotations
@@ -16,9 +20,9 @@ import argparse
 import json
 import platform
 import re
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,221 +31,30 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-import ggml_blocks  # noqa: E402
-from torch_chains import CHAINS  # noqa: E402
+import gpu_engine  # noqa: E402
+import gpu_unpack  # noqa: E402
+import results_file  # noqa: E402
+from gpu_targets import targets  # noqa: E402
+from gpu_timer import MB, Timer, wall_seconds  # noqa: E402
+from step_rigs import ComputingRig  # noqa: E402
 
-from lib_qswap.quant import kernels, multiply  # noqa: E402
-from lib_qswap.quant.formats import FORMATS, Format  # noqa: E402
-from lib_qswap.quant.packed import PackedTensor  # noqa: E402
-from lib_qswap.quant.unpack import unpack  # noqa: E402
-from lib_qswap.swap.device import device_of  # noqa: E402
+from lib_qswap.quant import kernels  # noqa: E402
+from lib_qswap.standalone.demo_file import demo_file  # noqa: E402
 
-# Flux: projections, MLP up and down, qkv, modulation, a single block's linear2.
-FLUX_SHAPES = ((3072, 3072), (12288, 3072), (3072, 12288), (9216, 3072), (18432, 3072), (3072, 15360))
-SMALL_SHAPES = ((64, 512), (512, 256))
-MB = 1 << 20
+TIME_LIMIT_S = 590.0
+STEPS_MARGIN_S = 30.0
+"""Before the end, from which on no system begins its steps."""
 
+CARDS = "6:12,8:13,12:24"
+"""Gigabytes, and gigabytes per second of link: PCIe 3.0 x 16, 4.0 x 8 and 4.0 x 16 in practice."""
 
-class Timer:
-    """Seconds of one call: the median of a few rounds, each of calls on one set of tensors after the other.
-
-    working_set_bytes: how much the sets of a measurement take together at least, more than any cache.
-    """
-
-    def __init__(self, device: torch.device, small: bool) -> None:
-        self.device = device
-        self.rounds = 3 if small else 9
-        self.working_set_bytes = MB if small else 1024 * MB
-        self.synchronize = device_of(device).synchronize
-
-    def sets(self, nbytes: int) -> int:
-        return max(2, -(-self.working_set_bytes // nbytes))
-
-    def seconds(self, calls: list[Callable[[], object]]) -> float:
-        for call in calls:
-            call()
-        self.synchronize()
-        run = self._graph(calls) if self.device.type == "cuda" else lambda: [call() for call in calls]
-        taken = []
-        for _ in range(self.rounds):
-            taken.append(self._once(run))
-        return statistics.median(taken) / len(calls)
-
-    def host_seconds(self, calls: list[Callable[[], object]]) -> float:
-        """Until the call returns, whatever the device still has to do."""
-        taken = []
-        for call in calls:
-            self.synchronize()
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-        return statistics.median(taken)
-
-    def _graph(self, calls: list[Callable[[], object]]) -> Callable[[], object]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        graph.replay()
-        return graph.replay
-
-    def _once(self, run: Callable[[], object]) -> float:
-        self.synchronize()
-        if self.device.type in ("cuda", "xpu"):
-            module = getattr(torch, self.device.type)
-            start, end = (module.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            self.synchronize()
-            return start.elapsed_time(end) / 1e3
-        begun = time.perf_counter()
-        run()
-        self.synchronize()
-        return time.perf_counter() - begun
+Save = Callable[[Any], None]
 
 
-def ceilings(timer: Timer, small: bool) -> dict[str, float]:
-    """Bytes per second: a copy within the device (read and written), and each way over the link."""
-    nbytes = (1 if small else 512) * MB
-    here = torch.empty(nbytes, dtype=torch.uint8, device=timer.device)
-    there = [torch.empty_like(here) for _ in range(2)]
-    found = {
-        "device_copy_bytes_per_s": 2
-        * nbytes
-        / timer.seconds([lambda other=other: other.copy_(here) for other in there])
-    }
-    pageable = torch.ones(nbytes, dtype=torch.uint8)
-    found["link_pageable_bytes_per_s"] = nbytes / wall_seconds(timer, lambda: here.copy_(pageable))
-    if timer.device.type != "cpu":
-        locked = pageable.pin_memory()
-        found["link_page_locked_bytes_per_s"] = nbytes / wall_seconds(
-            timer, lambda: here.copy_(locked, non_blocking=True)
-        )
-        found["link_back_page_locked_bytes_per_s"] = nbytes / wall_seconds(
-            timer, lambda: locked.copy_(here, non_blocking=True)
-        )
-    return found
-
-
-def wall_seconds(timer: Timer, call: Callable[[], object]) -> float:
-    call()
-    taken = []
-    for _ in range(timer.rounds):
-        timer.synchronize()
-        start = time.perf_counter()
-        call()
-        timer.synchronize()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
-
-
-def blocks_of(format: Format, count: int, device: torch.device) -> torch.Tensor:
-    """So many blocks, a few thousand different ones over and over."""
-    some = torch.from_numpy(ggml_blocks.random_blocks(format, min(count, 4096), "ordinary")).to(device)
-    return some.repeat(-(-count // len(some)), 1)[:count].contiguous()
-
-
-def measure_type(
-    format: Format, shape: tuple[int, int], dtype: torch.dtype, timer: Timer, copy_bytes_per_s: float
-) -> dict[str, Any]:
-    elements = shape[0] * shape[1]
-    packed_bytes = format.packed_bytes(elements)
-    traffic = packed_bytes + elements * dtype.itemsize
-    packed = blocks_of(format, elements // format.block_elements, timer.device)
-    packs = [packed, *(packed.clone() for _ in range(timer.sets(traffic) - 1))]
-    outs = [torch.empty(elements, dtype=dtype, device=timer.device) for _ in packs]
-    row: dict[str, Any] = {"shape": shape, "bytes": traffic}
-
-    def unpack_all(kernel: kernels.Choice) -> list[Callable[[], object]]:
-        kernels.choose(kernel)
-        return [lambda p=p, o=o: unpack(format, p, o) for p, o in zip(packs, outs, strict=True)]
-
-    def note(name: str, seconds: float) -> None:
-        row[f"{name}_s"] = seconds
-        row[f"{name}_bytes_per_s"] = traffic / seconds
-        row[f"{name}_of_copy"] = traffic / seconds / copy_bytes_per_s
-
-    note("torch", timer.seconds(unpack_all("Torch")))
-    if kernels.why_not_triton(timer.device.type) is None and kernels.load(format) is not None:
-        expected = outs[0].clone()
-        outs[0].zero_()
-        calls = unpack_all("Triton")
-        note("triton", timer.seconds(calls))
-        row["triton_host_s"] = timer.host_seconds(calls)
-        row["triton_same_bits"] = torch.equal(outs[0], expected)
-        row["triton_times_faster_than_torch"] = row["torch_s"] / row["triton_s"]
-    if kernels.has_product(format, timer.device):
-        row["product"] = measure_product(format, packs, shape, dtype, timer, copy_bytes_per_s)
-    if format.name in CHAINS:
-        chain = CHAINS[format.name]
-        values = outs[0].float()
-        difference = chain(packs[0], torch.float16).view(-1).float() - values
-        row["chain_difference"] = float(difference.abs().max() / values.abs().max())
-        note("chain", timer.seconds([lambda p=p: chain(p, dtype) for p in packs]))
-        if "triton_s" in row:
-            row["triton_times_faster_than_chain"] = row["chain_s"] / row["triton_s"]
-    return row
-
-
-def measure_product(
-    format: Format,
-    packs: list[torch.Tensor],
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    timer: Timer,
-    copy_bytes_per_s: float,
-) -> dict[str, float]:
-    """One token times the packed weight, beside unpacking it first and beside a dense weight."""
-    x = torch.randn((1, shape[1]), device=timer.device).to(dtype)
-    weights = [PackedTensor(packed.view(shape[0], -1), format, shape, dtype=dtype) for packed in packs]
-    dense = [weights[0].dequantize() for _ in weights]
-    linear = torch.nn.functional.linear
-    kernels.choose("Triton")
-    fused_s = timer.seconds([lambda w=w: multiply.product(w, x, None) for w in weights])
-    unpacked_s = timer.seconds(
-        [lambda w=w, o=o: linear(x, w.dequantize(out=o)) for w, o in zip(weights, dense, strict=True)]
-    )
-    return {
-        "fused_s": fused_s,
-        "unpacked_s": unpacked_s,
-        "dense_s": timer.seconds([lambda w=w: linear(x, w) for w in dense]),
-        "fused_of_copy": format.packed_bytes(shape[0] * shape[1]) / fused_s / copy_bytes_per_s,
-        "times_faster_than_unpacked": unpacked_s / fused_s,
-    }
-
-
-def step_times(device: torch.device, small: bool, path: Path) -> None:
-    """Steps of a model of Flux's sizes, with all of the memory and with less, by a program of its own."""
-    options = ["--hidden", "256", "--sides", "16", "--shares", "25", "--steps", "1"]
-    if not small:
-        options = ["--hidden", "3072", "--sides", "1024", "--limit-gb", "6,8,12"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "step_times.py"), "--device", str(device)]
-    subprocess.run([*command, *options, "--json", str(path)], check=True)
-
-
-def line_of(name: str, row: dict[str, Any]) -> str:
-    parts = [f"{name:<8} {'x'.join(map(str, row['shape'])):<12}"]
-    for what in ("triton", "torch", "chain"):
-        if f"{what}_s" in row:
-            rate, share = row[f"{what}_bytes_per_s"] / 1e9, row[f"{what}_of_copy"]
-            parts.append(f"{what} {row[f'{what}_s'] * 1e6:9.1f} us {rate:7.1f} GB/s {share:5.1%}")
-    if "triton_times_faster_than_chain" in row:
-        parts.append(f"{row['triton_times_faster_than_chain']:.1f} x the chain")
-    if "product" in row:
-        product = row["product"]
-        parts.append(
-            f"one token {product['fused_s'] * 1e6:.1f} us {product['fused_of_copy']:.1%}, "
-            f"{product['times_faster_than_unpacked']:.1f} x unpacking first"
-        )
-    if row.get("triton_same_bits") is False:
-        parts.append("OTHER BITS")
-    return ", ".join(parts)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(arguments: argparse.Namespace, timer: Timer, save: Save) -> None:
+    device = timer.device
     found: dict[str, Any] = {
         "device": str(device),
         "name": platform.machine(),
@@ -256,41 +69,211 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type in ("cuda", "xpu"):
         properties = getattr(torch, device.type).get_device_properties(device)
         found["name"], found["memory_bytes"] = properties.name, properties.total_memory
-    return found
+    elif device.type == "simgpu":
+        found["name"] = "simulated accelerator"
+    print(json.dumps(found))
+    save(found)
+
+
+def ceilings(arguments: argparse.Namespace, timer: Timer, save: Save) -> None:
+    """Bytes per second: a copy within the device (read and written), and each way over the link; operations
+    per second of a product of matrices."""
+    nbytes = (1 if arguments.small else 512) * MB
+    found = {"device_copy_bytes_per_s": copy_bytes_per_s(timer, nbytes)}
+    here = torch.empty(nbytes, dtype=torch.uint8, device=timer.device)
+    pageable = torch.ones(nbytes, dtype=torch.uint8)
+    found["link_pageable_bytes_per_s"] = nbytes / wall_seconds(timer, lambda: here.copy_(pageable))
+    if timer.device.type not in ("cpu", "mps"):
+        locked = pageable.pin_memory()
+        found["link_page_locked_bytes_per_s"] = nbytes / wall_seconds(
+            timer, lambda: here.copy_(locked, non_blocking=True)
+        )
+        found["link_back_page_locked_bytes_per_s"] = nbytes / wall_seconds(
+            timer, lambda: locked.copy_(here, non_blocking=True)
+        )
+    side = 256 if arguments.small else 8192
+    dtype = getattr(torch, arguments.dtype)
+    left, right = (torch.ones((side, side), dtype=dtype, device=timer.device) for _ in range(2))
+    out = torch.empty_like(left)
+    seconds = timer.seconds([lambda: torch.mm(left, right, out=out)])
+    found["matrix_operations_per_s"] = 2.0 * side**3 / seconds
+    for name, rate in found.items():
+        unit = "Top/s" if "operations" in name else "GB/s"
+        print(f"{name:<34} {rate / (1e12 if 'operations' in name else 1e9):8.2f} {unit}")
+    save(found)
+
+
+def copy_bytes_per_s(timer: Timer, nbytes: int) -> float:
+    here = torch.empty(nbytes, dtype=torch.uint8, device=timer.device)
+    there = [torch.empty_like(here) for _ in range(2)]
+    return 2 * nbytes / timer.seconds([lambda other=other: other.copy_(here) for other in there])
+
+
+def unpack(arguments: argparse.Namespace, timer: Timer, save: Save) -> None:
+    """See gpu_unpack.py. The copy bandwidth is measured once more, in the process that it is compared in."""
+    copy = copy_bytes_per_s(timer, (1 if arguments.small else 512) * MB)
+    found: dict[str, Any] = {"copy_bytes_per_s": copy, "types": {}}
+
+    def on_row(name: str, row: dict[str, Any]) -> None:
+        found["types"].setdefault(name, []).append(row)
+        print(gpu_unpack.line_of(name, row), flush=True)
+        save(found)
+
+    found["left_out"] = gpu_unpack.unpacking(
+        arguments.types or gpu_unpack.TYPES,
+        getattr(torch, arguments.dtype),
+        timer,
+        copy,
+        arguments.small,
+        # A type that has begun takes a few seconds.
+        time.monotonic() + arguments.time_limit - (0 if arguments.small else 15),
+        on_row,
+    )
+    save(found)
+
+
+def page_lock(arguments: argparse.Namespace, timer: Timer, save: Save) -> None:
+    size = gpu_engine.SMALL_PAGE_LOCK_BYTES if arguments.small else gpu_engine.PAGE_LOCK_BYTES
+    found = gpu_engine.page_locking(timer, size)
+    print(json.dumps(found))
+    save(found)
+
+
+def engine(arguments: argparse.Namespace, timer: Timer, save: Save) -> None:
+    side = 16 if arguments.small else 1024
+    rig = ComputingRig(timer.device, model_file(arguments.small), [side])
+    found: dict[str, Any] = {}
+
+    def on_part(parts: dict[str, Any]) -> None:
+        found.update(parts)
+        save(found)
+
+    gpu_engine.engine(rig, gpu_engine.SMALL_STEPS if arguments.small else gpu_engine.STEPS, on_part)
+    print(json.dumps(found))
+
+
+SECTIONS: dict[str, tuple[Callable[[argparse.Namespace, Timer, Save], None], float]] = {
+    "environment": (environment, 60),
+    "ceilings": (ceilings, 45),
+    "unpack": (unpack, 200),
+    "page_lock": (page_lock, 30),
+    "engine": (engine, 100),
+}
+"""Each with the seconds that it may take. Steps have the rest."""
+
+
+def model_file(small: bool) -> Path:
+    return demo_file("Q4_K", hidden=256 if small else 3072)
+
+
+class Suite:
+    """Runs the sections one after the other and keeps their results in one file. This process leaves the
+    device alone: its memory is the sections'."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.path: Path | None = arguments.json
+        self.end_s = time.monotonic() + arguments.time_limit
+        self.result: dict[str, Any] = {"dtype": arguments.dtype, "errors": {}}
+
+    def run(self) -> Path:
+        """Returns where the result is."""
+        try:
+            model_file(self.arguments.small)  # Once, so that no section's time goes into it.
+        except OSError as error:
+            self.result["errors"]["model"] = str(error)
+        for name, (_, most_s) in SECTIONS.items():
+            self._section(name, most_s)
+        path = self._save()
+        steps_path = path.with_name(f"{path.stem}_steps.json")
+        steps_path.unlink(missing_ok=True)
+        self._steps(steps_path)
+        steps = json.loads(steps_path.read_text()) if steps_path.exists() else {}
+        found = targets(self.result, steps)
+        self.result["targets"] = [target.as_dict() for target in found]
+        for target in found:
+            wanted = f">= {target.at_least:g}" if target.at_most is None else f"<= {target.at_most:g}"
+            print(f"{'met   ' if target.met else 'MISSED'} {target.value:10.3f} {wanted:<8} {target.what}")
+        for name, error in self.result["errors"].items():
+            print(f"{name}: {error}")
+        return self._save()
+
+    def _section(self, name: str, most_s: float) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / "part.json"
+            limit_s = min(most_s, self.end_s - time.monotonic())
+            options = ["--section", name, "--time-limit", f"{limit_s:.0f}", "--json", str(part)]
+            self._child(name, [__file__, *self._options(), *options], limit_s)
+            if part.exists():
+                self.result[name] = json.loads(part.read_text())
+        self._save()
+
+    def _options(self) -> list[str]:
+        arguments = self.arguments
+        options = ["--device", arguments.device, "--dtype", arguments.dtype]
+        if arguments.types:
+            options += ["--types", ",".join(arguments.types)]
+        return options + (["--small"] if arguments.small else [])
+
+    def _steps(self, path: Path) -> None:
+        """Steps of a model of Flux's sizes, with all of the memory and on what stands for smaller cards."""
+        left_s = self.end_s - time.monotonic()
+        options = ["--hidden", "256", "--sides", "16", "--shares", "25", "--steps", "1"]
+        if not self.arguments.small:
+            options = ["--hidden", "3072", "--sides", "1024", "--cards", CARDS]
+        if self.arguments.forge:
+            options += ["--forge", str(self.arguments.forge)]
+        options += ["--device", self.arguments.device, "--json", str(path)]
+        options += ["--time-limit", f"{max(0.0, left_s - STEPS_MARGIN_S):.0f}"]
+        self._child("steps", [str(ROOT / "benchmarks" / "step_times.py"), *options], left_s)
+
+    def _child(self, name: str, command: list[str], limit_s: float) -> None:
+        print(f"--- {name}", flush=True)
+        if limit_s <= 0:
+            self.result["errors"][name] = "no time was left"
+            return
+        try:
+            subprocess.run([sys.executable, *command], check=True, timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            self.result["errors"][name] = f"cut off after {limit_s:.0f} s"
+        except subprocess.CalledProcessError as error:
+            self.result["errors"][name] = f"ended with exit code {error.returncode}"
+
+    def _save(self) -> Path:
+        if self.path is None:
+            name = self.result.get("environment", {}).get("name", self.arguments.device)
+            slug = re.sub(r"\W+", "_", name).strip("_").lower()
+            self.path = ROOT / "benchmarks" / "results" / f"gpu_{slug}.json"
+        results_file.write(self.path, self.result)
+        return self.path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--types", help="a list of GGML types with commas; all of them by default")
+    parser.add_argument("--types", type=lambda text: text.split(","), help="GGML types; all by default")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--forge", type=Path, metavar="DIR", help="folder of a Forge web UI to measure as well"
+    )
     parser.add_argument("--small", action="store_true", help="a quick run with tiny tensors")
+    parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S, metavar="S", help="seconds")
+    parser.add_argument("--section", choices=SECTIONS, help="only this one, in this process")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    names = arguments.types.split(",") if arguments.types else list(FORMATS)
-    timer = Timer(device, arguments.small)
+    if arguments.device == "simgpu":
+        import simgpu  # noqa: F401 it makes the device known to torch
+    if arguments.section:
+        measure, _ = SECTIONS[arguments.section]
+        timer = Timer(torch.device(arguments.device), arguments.small)
 
-    result: dict[str, Any] = {"environment": environment(device), "dtype": arguments.dtype}
-    print(json.dumps(result["environment"]))
-    result["ceilings"] = ceilings(timer, arguments.small)
-    for name, rate in result["ceilings"].items():
-        print(f"{name:<34} {rate / 1e9:8.1f} GB/s")
-    copy_bytes_per_s = result["ceilings"]["device_copy_bytes_per_s"]
-    result["unpack"] = {}
-    for name in names:
-        format = FORMATS[name]
-        if format.unpack is None or format.dtype is not None:
-            continue
-        rows = result["unpack"][name] = []
-        for shape in SMALL_SHAPES if arguments.small else FLUX_SHAPES:
-            rows.append(measure_type(format, shape, dtype, timer, copy_bytes_per_s))
-            print(line_of(name, rows[-1]), flush=True)
-    slug = re.sub(r"\W+", "_", result["environment"]["name"]).strip("_").lower()
-    path = arguments.json or ROOT / "benchmarks" / "results" / f"gpu_{slug}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {path}", flush=True)
-    step_times(device, arguments.small, path.with_name(f"{path.stem}_steps.json"))
+        def save(found: Any) -> None:
+            if arguments.json:
+                results_file.write(arguments.json, found)
+
+        measure(arguments, timer, save)
+        return
+    print(f"written to {Suite(arguments).run()}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """How other programs run a model that is not on the device: diffusers' group offloading, accelerate's
-cpu_offload. Each is there where it is installed, and is given its fastest documented options."""
+cpu_offload, mmgp. Each is there where it is installed, and is given its fastest documented options."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Peer = Callable[[nn.Module, torch.device], None]
-"""Makes a model on the CPU run on the device."""
+Peer = Callable[[nn.Module, torch.device], "Callable[[], None] | None"]
+"""Makes a model on the CPU run on the device. Returns what gives back what it holds beside the model, if
+anything does."""
 
 
 class Movable(nn.Parameter):
@@ -62,6 +63,9 @@ def find_peers(device: torch.device) -> dict[str, Peer]:
                 peers[f"diffusers {level} stream"] = functools.partial(_group_offloading, level, True)
     if importlib.util.find_spec("accelerate") is not None:
         peers["accelerate cpu_offload"] = _cpu_offload
+    # It drives torch.cuda itself, whatever the device is.
+    if importlib.util.find_spec("mmgp") is not None and device.type == "cuda":
+        peers["mmgp"] = _mmgp
     return peers
 
 
@@ -87,12 +91,25 @@ def _cpu_offload(model: nn.Module, device: torch.device) -> None:
     cpu_offload(model, execution_device=device)
 
 
+def _mmgp(model: nn.Module, device: torch.device) -> Callable[[], None]:
+    """Its profile 2, which keeps the model page-locked and only what is needed on the device."""
+    from mmgp import offload
+
+    for module in model.modules():
+        module._lock_dtype = True  # What is packed and what is not have dtypes of their own, and keep them.
+    try:
+        loaded = offload.profile({"transformer": model}, 2, quantizeTransformer=False)
+    finally:
+        torch.set_default_device(None)  # It makes the device the default for all that comes after it.
+    return loaded.release
+
+
 def versions() -> dict[str, str]:
     """Of the peers that are installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("diffusers", "accelerate"):
+    for name in ("diffusers", "accelerate", "mmgp"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

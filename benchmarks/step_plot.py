@@ -23,9 +23,14 @@ COLOURS = {
     "diffusers leaf_level": "#d55e00",
     "diffusers leaf_level stream": "#d55e00",
     "accelerate cpu_offload": "#56b4e9",
+    "mmgp": "#f0e442",
+    "Forge Queue CPU": "#8b5a2b",
+    "Forge Async CPU": "#5b3a8c",
+    "Forge Queue Shared": "#8b5a2b",
+    "Forge Async Shared": "#5b3a8c",
 }
 OTHER_COLOUR = "#777"
-DASHES = {"QSwap cpu": "5 3", "QSwap disk": "2 3", "stream": "6 3"}
+DASHES = {"QSwap cpu": "5 3", "QSwap disk": "2 3", "stream": "6 3", "Shared": "4 4"}
 """Lines that lie on each other can be told apart."""
 
 Points = list[tuple[float, float]]
@@ -41,8 +46,9 @@ def curves(case: dict[str, Any]) -> dict[str, Points]:
             continue
         if "budget_share" in row:
             found.setdefault(row["system"], []).append((row["budget_share"], row["step_s"]))
-            share = row["budget_share"]
-            bounds[share] = min(bounds.get(share, row["bound_s"]), row["bound_s"])
+            if "location" in row:
+                share = row["budget_share"]
+                bounds[share] = min(bounds.get(share, row["bound_s"]), row["bound_s"])
         else:
             found[row["system"]] = [(0.0, row["step_s"]), (1.0, row["step_s"])]
     return {"bound": sorted(bounds.items()), **found}

@@ -4,22 +4,22 @@ how a link is set or measured, and which counters there are."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
-import mmap
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import step_models
 import torch
+from step_throttle import Throttle
 from torch import nn
 
 from lib_qswap.quant.gguf_file import open_gguf
+from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.standalone.flux import build
 from lib_qswap.standalone.host import computation_dtype
+from lib_qswap.standalone.measure import read_bytes_per_s
 from lib_qswap.swap.device import device_of
 from lib_qswap.swap.device_state import state_of
 from lib_qswap.swap.execute import Scratch
@@ -31,6 +31,23 @@ SIMULATED_BYTES = 8 << 30
 FEW_TEXT_TOKENS = 16
 
 
+class Card(NamedTuple):
+    """A device that another one stands for.
+
+    link_bytes_per_s: from page-locked memory.
+    """
+
+    memory_bytes: int
+    link_bytes_per_s: float
+
+    @property
+    def label(self) -> str:
+        return (
+            f"stands for a card of {self.memory_bytes / 1e9:.3g} GB: memory capped, "
+            f"link throttled to {self.link_bytes_per_s / 1e9:.3g} GB/s"
+        )
+
+
 class Rig:
     """What all devices have in common.
 
@@ -38,10 +55,12 @@ class Rig:
         clock: "virtual" where times are computed, "real" where they are waited for.
         cases: by name, what makes a case: for the simulated device the time that the whole model's bytes
             take over the link as a share of its compute, else the side of the image in pixels.
+        has_dense_model: whether there is the same model with ordinary weights.
     """
 
     clock = "real"
     cases: dict[str, float]
+    has_dense_model = False
 
     def __init__(self, device: torch.device, file: Path) -> None:
         self.device = device_of(device)
@@ -75,6 +94,23 @@ class Rig:
         """Lets the device have no more than that; None: all that there is."""
         raise NotImplementedError
 
+    def throttled(self, link_bytes_per_s: float) -> contextlib.AbstractContextManager[Any]:
+        """Inside, copies to the device have no more than that."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def standing_for(self, card: Card | None) -> Iterator[None]:
+        """Inside, the device has the memory and the link of `card`; None: its own."""
+        if card is None:
+            yield
+            return
+        self.limit_memory(card.memory_bytes)
+        try:
+            with self.throttled(card.link_bytes_per_s):
+                yield
+        finally:
+            self.limit_memory(None)
+
     def page_locked_bytes(self) -> int | None:
         """Of this process, now; None: not known."""
         raise NotImplementedError
@@ -87,21 +123,6 @@ class Rig:
     def module(self) -> Any:
         return getattr(torch, self.device.device.type)
 
-    def peak_device_bytes(self) -> int | None:
-        """With what was freed while the device still had to use it: who lets the host run ahead fills the
-        memory with it."""
-        if not self._has_statistics:
-            return None
-        return self.module.memory_stats()["active_bytes.all.peak"]
-
-    def reset_peak(self) -> None:
-        if self._has_statistics:
-            self.module.reset_peak_memory_stats()
-
-    @property
-    def _has_statistics(self) -> bool:
-        return not self.device.is_host and hasattr(self.module, "memory_stats")
-
     def clean_up(self) -> None:
         """Gives back what the last measurement left in caches."""
         gc.collect()
@@ -109,33 +130,26 @@ class Rig:
         self.device.empty_cache()
 
     def home_bytes_per_s(self, attachment: Attachment) -> float | None:
-        """How fast one thread reads the masters of a model into a small buffer; None where it takes no time
-        that counts: the device reads page-locked memory by itself, and virtual time has no reading."""
-        if self.clock == "virtual" or all(layer.home.page_locked for layer in attachment.layers):
-            return None
-        buffer = torch.empty(8 << 20, dtype=torch.uint8)
-        begun = time.perf_counter()
-        for layer in attachment.layers:
-            for start in range(0, layer.payload_bytes, buffer.numel()):
-                layer.home.read_into(buffer[: layer.payload_bytes - start], start)
-        return attachment.payload_bytes / (time.perf_counter() - begun)
+        """How fast one thread reads the masters of a model; None where it takes no time that counts: virtual
+        time has no reading, and page-locked memory the device reads by itself."""
+        return None if self.clock == "virtual" else read_bytes_per_s(attachment.layers)
 
     def environment(self) -> dict[str, Any]:
         return {"device": str(self.device.device), "clock": self.clock}
 
 
-def rss_bytes() -> int | None:
-    """RAM that this process has resident now, without pages of files; None: not known."""
-    if sys.platform != "linux":
-        return None
-    with contextlib.suppress(AttributeError):  # glibc's heap keeps what was freed.
-        ctypes.CDLL(None).malloc_trim(0)
-    _, resident, of_files, *_ = map(int, Path("/proc/self/statm").read_text().split())
-    return (resident - of_files) * mmap.PAGESIZE
+def make_rig(device: str, file: Path, sides: list[int], clock: str) -> Rig:
+    """sides: of the images that a device that computes makes; clock: of the simulated device, "virtual" or
+    "real"."""
+    if device == "simgpu":
+        return SimulatedRig(file, compute_s=1.0, virtual=clock == "virtual")
+    return ComputingRig(torch.device(device), file, sides)
 
 
 class ComputingRig(Rig):
     """A device that computes: a GPU, or the CPU."""
+
+    has_dense_model = True
 
     def __init__(self, device: torch.device, file: Path, sides: list[int]) -> None:
         super().__init__(device, file)
@@ -146,6 +160,18 @@ class ComputingRig(Rig):
 
     def qswap_model(self) -> nn.Module:
         return build(self.tensors, str(self.file), dtype=self.dtype)
+
+    def dense_model(self) -> nn.Module:
+        """With ordinary weights, on the device."""
+        model = build(self.tensors, str(self.file), dtype=self.dtype)
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    value = parameter.detach().to(self.device.device)
+                    if isinstance(value, PackedTensor):
+                        value = value.dequantize()
+                    module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        return model
 
     def peer_model(self) -> tuple[nn.Module, Any]:
         scratch = Scratch(self.device)
@@ -172,21 +198,35 @@ class ComputingRig(Rig):
         yield
 
     def link_bytes_per_s(self) -> float:
-        """Measured once, from page-locked memory where the device has it."""
+        """Measured once, and once more while it is throttled; from page-locked memory where the device has
+        it."""
         if self._link is None:
-            source = torch.ones(LINK_PROBE_BYTES, dtype=torch.uint8)
-            if self.device.can_page_lock:
-                source = source.pin_memory()
-            target = torch.empty_like(source, device=self.device.device)
-            taken = []
-            for _ in range(5):
-                self.device.synchronize()
-                begun = time.perf_counter()
-                target.copy_(source, non_blocking=True)
-                self.device.synchronize()
-                taken.append(time.perf_counter() - begun)
-            self._link = LINK_PROBE_BYTES / min(taken)
+            self._link = self._measured_link()
         return self._link
+
+    def _measured_link(self) -> float:
+        source = torch.ones(LINK_PROBE_BYTES, dtype=torch.uint8)
+        if self.device.can_page_lock:
+            source = source.pin_memory()
+        target = torch.empty_like(source, device=self.device.device)
+        taken = []
+        for _ in range(5):
+            self.device.synchronize()
+            begun = time.perf_counter()
+            target.copy_(source, non_blocking=True)
+            self.device.synchronize()
+            taken.append(time.perf_counter() - begun)
+        return LINK_PROBE_BYTES / min(taken)
+
+    @contextlib.contextmanager
+    def throttled(self, link_bytes_per_s: float) -> Iterator[None]:
+        own = self.link_bytes_per_s()
+        with Throttle(self.device, own, link_bytes_per_s):
+            self._link = self._measured_link()
+            try:
+                yield
+            finally:
+                self._link = own
 
     def limit_memory(self, nbytes: int | None) -> None:
         _, total = self.module.mem_get_info()
@@ -257,8 +297,11 @@ class SimulatedRig(Rig):
     @contextlib.contextmanager
     def case(self, value: float, compute_s: float | None) -> Any:
         link = 0.0 if compute_s is None else self._bytes / (value * compute_s)
-        with self._sim.settings(h2d=link, d2h=link, pageable=link / 2):
+        with self.throttled(link):
             yield
+
+    def throttled(self, link_bytes_per_s: float) -> contextlib.AbstractContextManager[Any]:
+        return self._sim.settings(h2d=link_bytes_per_s, d2h=link_bytes_per_s, pageable=link_bytes_per_s / 2)
 
     def link_bytes_per_s(self) -> float:
         return self._sim.config()["h2d"]

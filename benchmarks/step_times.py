@@ -2,7 +2,7 @@
 step can take.
 
     python benchmarks/step_times.py [--device simgpu] [--clock virtual] [--quick] [--json FILE]
-    python benchmarks/step_times.py --device cuda --hidden 3072 [--sides 512,1024] [--limit-gb 6,8,12]
+    python benchmarks/step_times.py --device cuda --hidden 3072 [--sides 512,1024] [--cards 6:12,8:13]
 
 QSwap runs at each location with budgets of 0 to 100 % of the model's packed bytes. A budget holds residents
 and the ring, beside the buffer that weights are unpacked into and what cannot be swapped; at 0 % it is a ring
@@ -22,232 +22,70 @@ from a home cost nothing, and the times are the same on any machine, while the d
 whose host runs ahead of the device is less than it would be. With `--clock real` all of it counts, and the
 machine should have nothing else to do.
 
-On a GPU cases are image sizes. `--limit-gb` lets QSwap run again with the device's memory capped, to stand
-for a smaller card: with as much of the model on it as fits beside the computation.
+On a GPU cases are image sizes. With `--cards` everything runs again on a device that stands for a smaller
+card, its memory capped and its link throttled (step_throttle.py): with as much of the model on it as fits
+beside the computation.
+
+`--forge` adds Forge's own methods (step_forge.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
-import json
 import math
 import platform
 import re
 import sys
+import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from step_peers import Peer, find_peers, versions  # noqa: E402
-from step_rigs import ComputingRig, Rig, SimulatedRig, rss_bytes  # noqa: E402
+import results_file  # noqa: E402
+from step_peers import versions  # noqa: E402
+from step_rigs import Card, SimulatedRig, make_rig  # noqa: E402
+from step_runner import Row  # noqa: E402
+from step_suite import Suite  # noqa: E402
 
 from lib_qswap.standalone.demo_file import demo_file  # noqa: E402
-from lib_qswap.swap import planner, profile  # noqa: E402
-from lib_qswap.swap.home import Location  # noqa: E402
-from lib_qswap.swap.manager import Attachment  # noqa: E402
 
-LOCATIONS: tuple[Location, ...] = ("shared", "cpu", "disk")
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 QUICK_SHARES = (0.1, 0.25, 0.75)
 QUICK_HIDDEN = 512
 STEPS, QUICK_STEPS = 6, 2
-RING_LAYERS = 4
-"""Of the largest size, with a budget of 0 %."""
-
-MARGIN = 0.05
-"""Of a capped memory, for what the allocator loses."""
-
-WARM_UP_STEPS = 4
-"""The first forward traces; it and the second are measured for the plan, which is made again in the third."""
-
-Row = dict[str, Any]
 
 
-class Runner:
-    """Measures systems on one rig, in one case after the other."""
-
-    def __init__(self, rig: Rig, steps: int) -> None:
-        self.rig = rig
-        self.steps = steps
-        self.expected: Tensor | None = None
-
-    def all_resident(self) -> Row:
-        """The model as a whole on the device: what compute takes."""
-        row = self._peer("all resident", lambda model, device: model.to(device) and None)
-        return row | {"swapped_bytes_per_step": 0}
-
-    def peer(self, name: str, peer: Peer, compute_s: float) -> Row:
-        row = self._peer(name, peer)
-        return row | self._bound(row, compute_s, None)
-
-    def _peer(self, name: str, peer: Peer) -> Row:
-        before = self._baseline()
-        model, kept = self.rig.peer_model()
-        model_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        row: Row = {"system": name, "model_bytes": model_bytes}
-        try:
-            peer(model, self.rig.device.device)
-            row |= self._times(model, before) | {"swapped_bytes_per_step": model_bytes}
-        except torch.cuda.OutOfMemoryError:
-            row["out_of_memory"] = True
-        del model, kept
-        return row
-
-    def qswap(self, location: Location, shares: tuple[float, ...], compute_s: float) -> list[Row]:
-        before = self._baseline()
-        model = self.rig.qswap_model()
-        attachment = self.rig.attach(model, location)
-        rows = [self._budget(attachment, model, share, compute_s, before) for share in shares]
-        attachment.detach()
-        return rows
-
-    def _budget(
-        self, attachment: Attachment, model: nn.Module, share: float, compute_s: float, ram_before: int | None
-    ) -> Row:
-        location = attachment.location
-        row: Row = {"system": f"QSwap {location}", "location": location, "budget_share": share}
-        try:
-            attachment.rebalance(budget_bytes(attachment, share))
-            row |= self._times(model, ram_before)
-        except torch.cuda.OutOfMemoryError:
-            return row | {"out_of_memory": True}
-        timeline = attachment.state.streamer.timeline
-        timeline.collect()
-        row["resident_share"] = attachment.resident_bytes / attachment.payload_bytes
-        row["swapped_bytes_per_step"] = timeline.finished[-1].h2d_bytes
-        home_bytes_per_s = self.rig.home_bytes_per_s(attachment)
-        return row | self._bound(row, compute_s, home_bytes_per_s) | self._least(attachment, home_bytes_per_s)
-
-    def _least(self, attachment: Attachment, home_bytes_per_s: float | None) -> Row:
-        """What no residency within the budget can be below."""
-        assert attachment.budget_bytes is not None
-        budget_bytes = attachment.budget_bytes - attachment.fixed_bytes - attachment.scratch_bytes
-        rate = min(self.rig.link_bytes_per_s(), home_bytes_per_s or math.inf)
-        layers = profile.costs(attachment.layers)
-        return {"least_s": planner.least_step(layers, budget_bytes=budget_bytes, link_bytes_per_s=rate)}
-
-    def _bound(self, row: Row, compute_s: float, home_bytes_per_s: float | None) -> Row:
-        if "step_s" not in row:
-            return {}
-        rate = min(self.rig.link_bytes_per_s(), home_bytes_per_s or math.inf)
-        bound_s = max(compute_s, row["swapped_bytes_per_step"] / rate)
-        return {"home_bytes_per_s": home_bytes_per_s, "bound_s": bound_s, "ratio": row["step_s"] / bound_s}
-
-    def _baseline(self) -> int | None:
-        self.rig.clean_up()
-        return self._ram_bytes()
-
-    def _ram_bytes(self) -> int | None:
-        resident = rss_bytes()
-        return None if resident is None else resident - self.rig.simulated_bytes()
-
-    @torch.no_grad()
-    def _times(self, model: nn.Module, ram_before: int | None) -> Row:
-        device = self.rig.device
-        inputs = self.rig.inputs(model)
-        for _ in range(WARM_UP_STEPS):
-            model(*inputs)
-            device.synchronize()
-        self.rig.reset_peak()
-        stream, marks = device.current_stream(), []
-        for step in range(self.steps + 2):
-            if step:  # One more that begins with the device idle, and does not count.
-                marks.append(device.new_event(timing=True))
-                device.record(marks[-1], stream)
-            output = model(*inputs)
-        marks.append(device.new_event(timing=True))
-        device.record(marks[-1], stream)
-        device.synchronize()
-        page_locked, ram = self.rig.page_locked_bytes(), self._ram_bytes()
-        result = output.cpu()
-        if self.expected is None:
-            self.expected = result
-        return {
-            "step_s": marks[0].elapsed_time(marks[-1]) * 1e-3 / (len(marks) - 1),
-            "step_seconds": [one.elapsed_time(then) * 1e-3 for one, then in itertools.pairwise(marks)],
-            "peak_device_bytes": self.rig.peak_device_bytes(),
-            "page_locked_bytes": page_locked,
-            "rss_bytes": None if ram is None or ram_before is None else ram - ram_before,
-            "same_output": torch.equal(result, self.expected),
-        }
-
-
-def budget_bytes(attachment: Attachment, share: float) -> int:
-    """Device bytes for weights with a budget of `share` of the model."""
-    beside = attachment.fixed_bytes + attachment.scratch_bytes
-    if share == 0:
-        return beside + RING_LAYERS * max(layer.payload_bytes for layer in attachment.layers)
-    return beside + math.ceil(share * attachment.payload_bytes)
-
-
-def measure(rig: Rig, steps: int, shares: tuple[float, ...], limits: list[int]) -> list[Row]:
-    """All systems in all cases, and QSwap again with each of the `limits` to the device's memory (bytes)."""
-    results = []
-    for name, value in rig.cases.items():
-        runner = Runner(rig, steps)
-        with rig.case(value, None):
-            whole = runner.all_resident()
-        compute_s = whole["step_s"]
-        with rig.case(value, compute_s):
-            shown: Row = {"case": name, "compute_s": compute_s, "link_bytes_per_s": rig.link_bytes_per_s()}
-            rows = [whole]
-            for location in LOCATIONS:
-                rows += runner.qswap(location, shares, compute_s)
-            for peer_name, peer in find_peers(rig.device.device).items():
-                rows.append(runner.peer(peer_name, peer, compute_s))
-            results.append({**shown, "limit_bytes": None, "rows": rows})
-            show(results[-1])
-            for limit in limits:
-                rig.limit_memory(limit)
-                fitting = fitting_share(whole, limit)
-                rows = [row for place in LOCATIONS for row in runner.qswap(place, (fitting,), compute_s)]
-                results.append({**shown, "limit_bytes": limit, "rows": rows})
-                show(results[-1])
-            if limits:
-                rig.limit_memory(None)
-    return results
-
-
-def fitting_share(whole: Row, limit_bytes: int) -> float:
-    """Of the model, for a budget that leaves a step the memory that it takes beside the weights."""
-    beside = whole["peak_device_bytes"] - whole["model_bytes"]
-    return min(1.0, max(0.0, (limit_bytes * (1 - MARGIN) - beside) / whole["model_bytes"]))
-
-
-def show(result: Row) -> None:
-    limit = (
-        "" if result["limit_bytes"] is None else f", memory capped to {result['limit_bytes'] / 1e9:.0f} GB"
+def heading(case: Row) -> str:
+    card = "" if case["stands_for"] is None else f", {case['stands_for']}"
+    return (
+        f"{case['case']}{card}: compute {case['compute_s']:.3f} s, "
+        f"link {case['link_bytes_per_s'] / 1e6:.0f} MB/s"
     )
-    print(
-        f"{result['case']}{limit}: compute {result['compute_s']:.3f} s, "
-        f"link {result['link_bytes_per_s'] / 1e6:.0f} MB/s"
-    )
-    for row in result["rows"]:
-        share = f"{row['budget_share']:4.0%}" if "budget_share" in row else "    "
-        line = f"  {row['system']:<30} {share}"
-        if "step_s" not in row:
-            print(f"{line}  out of device memory")
-            continue
-        line += f"  step {row['step_s']:.3f} s"
-        if "ratio" in row:
-            line += f"  bound {row['bound_s']:.3f} s  ratio {row['ratio']:.3f}"
-        megabytes = [
-            f"{what} {row[key] / 1e6:.0f} MB"
-            for what, key in (
-                ("device", "peak_device_bytes"),
-                ("page-locked", "page_locked_bytes"),
-                ("RAM", "rss_bytes"),
-            )
-            if row[key] is not None
-        ]
-        print(f"{line}  {'  '.join(megabytes)}{'' if row['same_output'] else '  OTHER OUTPUT'}", flush=True)
+
+
+def line_of(row: Row) -> str:
+    share = f"{row['budget_share']:4.0%}" if "budget_share" in row else "    "
+    line = f"  {row['system']:<30} {share}"
+    if "step_s" not in row:
+        return f"{line}  {row['error']}"
+    line += f"  step {row['step_s']:.3f} s"
+    if "ratio" in row:
+        line += f"  bound {row['bound_s']:.3f} s  ratio {row['ratio']:.3f}"
+    megabytes = [
+        f"{what} {row[key] / 1e6:.0f} MB"
+        for what, key in (
+            ("device", "peak_device_bytes"),
+            ("page-locked", "page_locked_bytes"),
+            ("RAM", "rss_bytes"),
+        )
+        if row[key] is not None
+    ]
+    other = "  OTHER OUTPUT" if row["same_output"] is False else ""
+    return f"{line}  {'  '.join(megabytes)}{other}"
 
 
 def main() -> None:
@@ -257,21 +95,33 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, help="width of the model; Flux's is 3072")
     parser.add_argument("--clock", choices=("virtual", "real"), default="virtual", help="simulated device")
     parser.add_argument("--sides", default="512,1024", help="of images in pixels; devices that compute")
-    parser.add_argument("--limit-gb", default="", help="QSwap again with device memory capped, with commas")
+    parser.add_argument(
+        "--cards",
+        type=cards,
+        default=[],
+        metavar="6:12,8:13",
+        help="all systems again with memory capped to 6 GB and the link throttled to 12 GB/s, and so on",
+    )
+    parser.add_argument(
+        "--forge", type=Path, metavar="DIR", help="folder of a Forge web UI to measure as well"
+    )
     parser.add_argument("--shares", help="budgets in percent of the model, with commas")
     parser.add_argument("--steps", type=int, help="that are timed, after those that warm up")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=math.inf,
+        metavar="S",
+        help="seconds; what is not begun is left out",
+    )
     parser.add_argument("--quick", action="store_true", help="a narrow model and fewer budgets")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
     file = demo_file(arguments.quant, hidden=arguments.hidden or (QUICK_HIDDEN if arguments.quick else 768))
-    rig: Rig
-    if arguments.device == "simgpu":
-        rig = SimulatedRig(file, compute_s=1.0, virtual=arguments.clock == "virtual")
-    else:
-        sides = [int(side) for side in arguments.sides.split(",")]
-        rig = ComputingRig(torch.device(arguments.device), file, sides)
+    sides = [int(side) for side in arguments.sides.split(",")]
+    rig = make_rig(arguments.device, file, sides, arguments.clock)
     shares = QUICK_SHARES if arguments.quick else SHARES
     if arguments.shares:
         shares = tuple(float(share) / 100 for share in arguments.shares.split(","))
@@ -284,17 +134,55 @@ def main() -> None:
         "model_bytes": file.stat().st_size,
     }
     steps = arguments.steps or (QUICK_STEPS if arguments.quick else STEPS)
-    limits = [int(float(limit) * 1e9) for limit in arguments.limit_gb.split(",") if limit]
-    cases = measure(rig, steps, shares, limits)
-    result: Row = {"environment": environment, "cases": cases}
-    if isinstance(rig, SimulatedRig):
-        result["hazards"] = rig.hazards()
-        print(f"hazards: {result['hazards'] or 'none'}")
     slug = re.sub(r"\W+", "_", environment["name"]).strip("_").lower()
     name = "step_times" if isinstance(rig, SimulatedRig) else f"step_times_{slug}"
     path = arguments.json or ROOT / "benchmarks" / "results" / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    job = {
+        "device": arguments.device,
+        "file": str(file),
+        "sides": sides,
+        "clock": arguments.clock,
+        "steps": steps,
+    }
+    result: Row = {"environment": environment}
+
+    headed: list[Row] = []
+
+    def on_rows(case: Row, rows: list[Row]) -> None:
+        if not headed or headed[-1] is not case:
+            headed.append(case)
+            print(heading(case))
+        for row in rows:
+            print(line_of(row), flush=True)
+        result["cases"] = suite.cases
+        if isinstance(rig, SimulatedRig):
+            result["hazards"] = rig.hazards()
+        # After every system: whoever ends the run early keeps what there is.
+        results_file.write(path, result)
+
+    suite = Suite(
+        rig,
+        steps=steps,
+        shares=shares,
+        cards=arguments.cards,
+        forge=arguments.forge,
+        job=job,
+        end_s=time.monotonic() + arguments.time_limit,
+        on_rows=on_rows,
+    )
+    suite.run()
+    if "hazards" in result:
+        print(f"hazards: {result['hazards'] or 'none'}")
     print(f"written to {path}")
+
+
+def cards(text: str) -> list[Card]:
+    """Reads "6:12,8:13": gigabytes of memory, and gigabytes per second of link."""
+    pairs = [pair.split(":") for pair in text.split(",")]
+    try:
+        return [Card(int(float(memory) * 1e9), float(link) * 1e9) for memory, link in pairs]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 6:12,8:13") from None
 
 
 if __name__ == "__main__":

@@ -108,6 +108,9 @@ def build_parser() -> Parser:
     sub.add_argument("what", choices=BENCHMARKS)
     sub.add_argument("--quant", default="Q4_K", choices=DEMO_QUANTS, help="of the model, in load and step")
     sub.add_argument("--device", default="auto")
+    sub.add_argument(
+        "--location", type=str.lower, choices=LOCATIONS[2:], help="for step: one of them (default all)"
+    )
     sub.add_argument("--types", type=lambda text: text.split(","), metavar="Q4_K,Q6_K", help="for dequant")
     sub.add_argument("--comfyui-gguf", type=Path, metavar="DIR", help="for dequant: its checkout")
     sub.add_argument("--ggml", type=Path, metavar="FILE", help="for dequant: libggml-base of llama.cpp")
@@ -287,7 +290,8 @@ def bench(arguments: argparse.Namespace) -> int:
         peers = bench_dequant.find_peers(arguments.comfyui_gguf, arguments.ggml, device)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    results, lines = run_benchmarks(names, Options(arguments.quant, types, peers), device)
+    locations: Any = (arguments.location,) if arguments.location else LOCATIONS[2:]
+    results, lines = run_benchmarks(names, Options(arguments.quant, locations, types, peers), device)
     print_result(arguments, results, "\n".join(lines))
     return 0
 

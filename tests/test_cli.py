@@ -14,10 +14,12 @@ import torch
 import lib_qswap
 from lib_qswap import cli
 from lib_qswap.quant.formats import FORMATS
-from lib_qswap.standalone import bench, bench_dequant, demo_file
+from lib_qswap.standalone import bench, bench_dequant, bench_step, demo_file
 from lib_qswap.standalone.budget import Budget
 from lib_qswap.standalone.host import Settings, StandaloneHost
+from lib_qswap.standalone.measure import rss_bytes
 from lib_qswap.swap import home
+from lib_qswap.swap.copier import STAGING_BUFFER_BYTES, STAGING_BUFFERS
 
 ROOT = Path(__file__).resolve().parents[1]
 SUMMARY_KEYS = {
@@ -302,18 +304,83 @@ def test_doctor_ends_with_1_for_a_web_ui_that_is_not_supported(tmp_path, capsys)
     assert "does not support" in out
 
 
-def test_bench_measures_load_and_step_with_the_same_output_for_every_budget(tiny_demo, capsys):
+def test_bench_measures_loading_at_every_location(tiny_demo, capsys):
     code, out, _ = qswap(capsys, "bench", "load", "--device", "cpu", "--json")
     assert code == 0
     load = json.loads(out)["load"]
     assert set(load["attach_s"]) == {"disk", "cpu", "shared"}
     assert all(seconds > 0 for seconds in load["attach_s"].values())
+
+
+STEP_SHARES = [0, 0.1, 0.25, 0.5, 0.75, 1]
+
+
+def test_bench_measures_steps_at_every_location_with_every_budget(tiny_demo, capsys):
     code, out, _ = qswap(capsys, "bench", "step", "--device", "cpu", "--json")
-    rows = json.loads(out)["step"]["budgets"]
-    assert [row["budget_share"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
+    assert code == 0
+    result = json.loads(out)["step"]
+    rows = result["rows"]
+    assert [(row["location"], row["budget_share"]) for row in rows] == [
+        (location, share) for location in ("shared", "cpu", "disk") for share in STEP_SHARES
+    ]
     assert len({row["output_sha256"] for row in rows}) == 1
-    assert rows[0]["resident_bytes"] < rows[-1]["resident_bytes"]
-    assert rows[0]["h2d_bytes_per_step"] > rows[-1]["h2d_bytes_per_step"] == 0
+    for row in rows:
+        assert row["bound_s"] >= result["compute_s"] > 0
+        assert row["ratio"] == pytest.approx(row["step_s"] / row["bound_s"])
+        assert (row["swapped_bytes_per_step"] == 0) == (row["resident_share"] == 1)
+        assert row["page_locked_bytes"] == 0
+        assert row["peak_device_bytes"] is None
+    assert rows[0]["resident_share"] < rows[5]["resident_share"] == 1
+
+
+def test_bench_step_takes_one_location_and_shows_its_rows(tiny_demo, capsys):
+    code, out, _ = qswap(capsys, "bench", "step", "--device", "cpu", "--location", "disk")
+    assert code == 0
+    heading, *rows = out.splitlines()[1:]
+    assert "page-locked" in heading
+    assert [row.split()[:2] for row in rows] == [["disk", f"{share:.0%}"] for share in STEP_SHARES]
+
+
+@pytest.mark.simgpu
+def test_bench_step_counts_device_peak_and_page_locked_bytes(tiny, sim, engine):
+    rows = {
+        (row["location"], row["budget_share"]): row
+        for row in bench_step.measure(tiny, ("shared", "disk"), torch.device("simgpu"))["rows"]
+    }
+    payload = rows["shared", 0]["swapped_bytes_per_step"]
+    assert rows["shared", 0]["page_locked_bytes"] >= payload
+    assert rows["disk", 0]["page_locked_bytes"] == STAGING_BUFFERS * STAGING_BUFFER_BYTES
+    for location in ("shared", "disk"):
+        least, most = rows[location, 0], rows[location, 1]
+        assert most["peak_device_bytes"] - least["peak_device_bytes"] > payload / 2
+        assert most["resident_share"] == 1
+
+
+@pytest.mark.simgpu
+def test_bench_step_says_where_the_device_has_no_room(tiny, sim, engine, monkeypatch):
+    def generate(self, on_step=None):
+        if self.settings.budget is None:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return real(self)
+
+    real = StandaloneHost.generate
+    monkeypatch.setattr(StandaloneHost, "generate", generate)
+    result = bench_step.measure(tiny, ("cpu",), torch.device("simgpu"))
+    assert result["compute_s"] is None
+    assert result["rows"][-1] == {"location": "cpu", "budget_share": 1, "out_of_memory": True}
+    for row in result["rows"][:-1]:  # Without a step to compare with, a step's own compute counts.
+        assert row["bound_s"] >= row["step_s"] - row["stall_s"]
+    assert bench_step.table(result)[-1].endswith("the device has no room for it")
+
+
+def test_ram_that_is_written_to_counts_and_is_given_back():
+    before = rss_bytes()
+    if before is None:
+        pytest.skip("this system does not tell what a process has in RAM")
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    assert rss_bytes() - before > 60 << 20
+    del block
+    assert rss_bytes() - before < 8 << 20
 
 
 @pytest.fixture

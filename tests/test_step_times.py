@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
 CASES = ("compute-bound", "balanced", "link-bound")
 SHARES = (0.1, 0.25, 0.75)
+QUICK_STEPS = 2
 OVER_BOUND = {"shared": 1.03, "cpu": 1.05, "disk": 1.10}
 MORE_AT_10_PERCENT = 0.07
 
@@ -94,6 +97,65 @@ def test_no_other_program_that_is_installed_takes_less_time(case):
 @pytest.mark.simgpu
 def test_nothing_is_read_before_it_has_arrived_or_overwritten_before_it_was_read(result):
     assert not result["hazards"]
+
+
+@pytest.mark.simgpu
+def test_a_run_out_of_time_says_what_it_left_out_and_keeps_the_rest(simgpu, tmp_path):
+    path = tmp_path / "result.json"
+    options = ("--hidden", "256", "--steps", "1", "--time-limit", "0", "--json", path)
+    run(BENCHMARKS / "step_times.py", *options, cache=tmp_path)
+    cases = json.loads(path.read_text())["cases"]
+    assert [case["case"] for case in cases] == list(CASES)
+    for case in cases:
+        assert [row["system"] for row in case["rows"]] == ["all resident"]
+        assert {"QSwap shared", "QSwap cpu", "QSwap disk"} <= set(case["left_out"])
+
+
+@pytest.mark.simgpu
+def test_a_device_that_stands_for_a_card_runs_every_system_again_and_is_labelled(sim, engine, result_file):
+    import step_times
+    from step_rigs import SimulatedRig
+
+    model = next(result_file.parent.glob("*.gguf"))
+    rig = SimulatedRig(model, compute_s=1.0, virtual=True)
+    rig.cases = {"balanced": 4 / 3}
+    shown = []
+    suite = step_times.Suite(
+        rig,
+        steps=QUICK_STEPS,
+        shares=(0.25,),
+        cards=step_times.cards("0.12:0.08,0.2:0.05"),
+        forge=None,
+        job={},
+        end_s=math.inf,
+        on_rows=lambda case, rows: shown.extend(rows),
+    )
+    suite.run()
+    own, *cards = suite.cases
+    assert own["stands_for"] is None
+    assert shown == [row for case in suite.cases for row in case["rows"]]
+    for card, memory, link in zip(cards, ("0.12", "0.2"), ("0.08", "0.05"), strict=True):
+        assert (
+            card["stands_for"]
+            == f"stands for a card of {memory} GB: memory capped, link throttled to {link} GB/s"
+        )
+        assert card["link_bytes_per_s"] == float(link) * 1e9
+        assert {row["system"] for row in card["rows"]} == {row["system"] for row in own["rows"][1:]}
+        for row in swapped_rows(card):
+            assert row["peak_device_bytes"] < card["limit_bytes"]
+            assert row["same_output"]
+            assert row["ratio"] < 1.1
+    few, many = (case["rows"][0]["resident_share"] for case in cards)
+    assert few < 0.6 < 0.9 < many
+
+
+def test_cards_are_written_as_memory_and_link():
+    import step_times
+
+    assert step_times.cards("6:12.5") == [(6_000_000_000, 12.5e9)]
+    for wrong in ("6", "6:12:1", "a:b", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not like 6:12,8:13"):
+            step_times.cards(wrong)
 
 
 @pytest.mark.simgpu

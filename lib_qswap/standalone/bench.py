@@ -11,27 +11,26 @@ import torch
 
 from lib_qswap.panel.report import format_bytes
 from lib_qswap.quant.gguf_file import open_gguf
-from lib_qswap.standalone import bench_dequant
+from lib_qswap.standalone import bench_dequant, bench_step
 from lib_qswap.standalone.budget import Budget
 from lib_qswap.standalone.demo_file import demo_file
-from lib_qswap.standalone.denoise import PIXELS_PER_TOKEN
+from lib_qswap.standalone.headless import Progress
 from lib_qswap.standalone.host import Settings, StandaloneHost
 from lib_qswap.swap.device import device_of
+from lib_qswap.swap.home import Location
 
-RESIDENT_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-STEPS = 4
 OPENINGS = 3
-# The smallest image, so that bytes and not products decide the step.
-STEP_PIXELS = 4 * PIXELS_PER_TOKEN
 
 Result = tuple[Any, list[str]]
 
 
 @dataclass(frozen=True)
 class Options:
-    """quant: type of the demo model's blocks. types, peers: see `bench_dequant.measure`."""
+    """quant: type of the demo model's blocks. locations: see `bench_step.measure`; types, peers: see
+    `bench_dequant.measure`."""
 
     quant: str
+    locations: Sequence[Location]
     types: Sequence[str]
     peers: Mapping[str, bench_dequant.Peer]
 
@@ -67,7 +66,9 @@ def load(options: Options, device: torch.device) -> Result:
     }
     for location in ("disk", "cpu", "shared"):
         started = time.perf_counter()
-        host = StandaloneHost(path, device, Settings(location=location, budget=Budget(), pixels=STEP_PIXELS))
+        host = StandaloneHost(
+            path, device, Settings(location=location, budget=Budget(), pixels=bench_step.PIXELS)
+        )
         device_of(device).synchronize()
         result["attach_s"][location] = time.perf_counter() - started
         host.close()
@@ -79,33 +80,10 @@ def load(options: Options, device: torch.device) -> Result:
 
 
 def step(options: Options, device: torch.device) -> Result:
-    """Step times of the demo model with 0 to 100 % of its bytes as budget, beside the bound."""
-    path = demo_file(options.quant)
-    rows = []
-    for share in RESIDENT_SHARES:
-        # All of it is more than the file: the scratch that weights are unpacked into counts as well.
-        budget = Budget(share=share) if share < 1 else None
-        host = StandaloneHost(path, device, Settings(budget=budget, steps=STEPS, pixels=STEP_PIXELS))
-        _, summary = host.generate()
-        model = host.snapshot()["models"][-1]
-        rows.append(
-            {
-                "budget_share": share,
-                "resident_bytes": model["bytes"]["resident"],
-                "h2d_bytes_per_step": summary.h2d_bytes_per_step,
-                "step_s": summary.step_seconds[-1],
-                "stall_s": model["step"]["stall_s"],
-                "bound_s": model["step"]["bound_s"],
-                "output_sha256": summary.output_sha256,
-            }
-        )
-        host.close()
-    lines = [
-        f"{row['budget_share']:4.0%}  step {row['step_s']:7.3f} s, bound {row['bound_s']:7.3f} s, "
-        f"stall {row['stall_s']:7.3f} s, {format_bytes(row['h2d_bytes_per_step'])} swapped"
-        for row in rows
-    ]
-    return {"location": "auto", "pixels": STEP_PIXELS, "budgets": rows}, lines
+    """Steps of the demo model by location and budget, beside the bound."""
+    progress = Progress("measuring steps")
+    result = bench_step.measure(demo_file(options.quant), options.locations, device, progress)
+    return result, bench_step.table(result)
 
 
 BENCHMARKS: dict[str, Callable[[Options, torch.device], Result]] = {

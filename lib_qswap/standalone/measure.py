@@ -1,17 +1,26 @@
-"""What a run takes, measured from outside the model: peak RAM, and bytes that come down from a device."""
+"""What a run takes, measured from outside the model: RAM, device memory, how fast masters can be read, and
+bytes that come down from a device."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_qswap.quant.packed import PackedTensor
 
+if TYPE_CHECKING:
+    from lib_qswap.swap.layer import Layer
+
+_READ_BYTES = 8 << 20
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
@@ -39,7 +48,7 @@ class DownloadCounter(TorchDispatchMode):
 def peak_rss_bytes() -> int:
     """The most RAM that this process has had resident so far, file pages that it mapped included."""
     if sys.platform == "win32":
-        return _peak_working_set_bytes()
+        return _memory_counters().peak_working_set
     if sys.platform == "linux":
         # Not getrusage, whose peak a process takes over from the one that started it.
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -51,13 +60,27 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak << 10
 
 
-def _peak_working_set_bytes() -> int:
-    class Counters(ctypes.Structure):  # PROCESS_MEMORY_COUNTERS
+def rss_bytes() -> int | None:
+    """RAM that this process has now, without pages of files; on Windows what is its own, paged out or not.
+    None: not known."""
+    if sys.platform == "win32":
+        return _memory_counters().private
+    if sys.platform != "linux":
+        return None
+    with contextlib.suppress(AttributeError):  # glibc's heap keeps what was freed.
+        ctypes.CDLL(None).malloc_trim(0)
+    _, resident, of_files, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    return (resident - of_files) * mmap.PAGESIZE
+
+
+def _memory_counters() -> Any:
+    class Counters(ctypes.Structure):  # PROCESS_MEMORY_COUNTERS_EX
         _fields_ = (
             ("nbytes", ctypes.c_uint32),
             ("page_faults", ctypes.c_uint32),
             ("peak_working_set", ctypes.c_size_t),
             ("others", ctypes.c_size_t * 7),
+            ("private", ctypes.c_size_t),
         )
 
     kernel = ctypes.windll.kernel32  # type: ignore[attr-defined]
@@ -65,4 +88,30 @@ def _peak_working_set_bytes() -> int:
     kernel.K32GetProcessMemoryInfo.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32)
     counters = Counters(nbytes=ctypes.sizeof(Counters))
     kernel.K32GetProcessMemoryInfo(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.nbytes)
-    return counters.peak_working_set
+    return counters
+
+
+def peak_device_bytes(device: torch.device) -> int | None:
+    """The most that tensors have had on the device since `reset_peak_device_bytes`, with what was freed while
+    the device still had to use it: who lets the host run ahead fills the memory with it. None: not known."""
+    statistics = getattr(getattr(torch, device.type, None), "memory_stats", None)
+    return None if statistics is None else statistics()["active_bytes.all.peak"]
+
+
+def reset_peak_device_bytes(device: torch.device) -> None:
+    reset = getattr(getattr(torch, device.type, None), "reset_peak_memory_stats", None)
+    if reset is not None:
+        reset()
+
+
+def read_bytes_per_s(layers: Sequence[Layer]) -> float | None:
+    """How fast one thread reads the masters of `layers` into a small buffer; None where the device reads all
+    of them by itself, from page-locked memory."""
+    if all(layer.home.page_locked for layer in layers):
+        return None
+    buffer = torch.empty(_READ_BYTES, dtype=torch.uint8)
+    begun = time.perf_counter()
+    for layer in layers:
+        for start in range(0, layer.payload_bytes, _READ_BYTES):
+            layer.home.read_into(buffer[: layer.payload_bytes - start], start)
+    return sum(layer.payload_bytes for layer in layers) / (time.perf_counter() - begun)

@@ -1,0 +1,119 @@
+"""The results of gpu_suite.py as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gpu_targets import of_copy
+
+Row = Mapping[str, Any]
+
+
+def gigabytes(nbytes: float | None) -> str:
+    if nbytes is None:
+        return ""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.0f} MB"
+
+
+def tables(suite: Row, steps: Row) -> list[str]:
+    """Lines; what a run that was cut off has not measured is not there. suite, steps: the two results."""
+    parts = [_ceilings(suite), _unpacking(suite), _engine(suite)]
+    parts += [_steps(case) for case in steps.get("cases", ())]
+    return [line for part in parts if part for line in (*part, "")][:-1]
+
+
+def _ceilings(suite: Row) -> list[str]:
+    environment, found = suite.get("environment", {}), suite.get("ceilings", {})
+    names = {
+        "device_copy_bytes_per_s": "copies within the device",
+        "link_page_locked_bytes_per_s": "from page-locked RAM",
+        "link_pageable_bytes_per_s": "from pageable RAM",
+        "link_back_page_locked_bytes_per_s": "back to page-locked RAM",
+    }
+    rates = [f"{what} {found[name] / 1e9:.1f} GB/s" for name, what in names.items() if name in found]
+    if "matrix_operations_per_s" in found:
+        rates.append(f"products of matrices {found['matrix_operations_per_s'] / 1e12:.0f} Top/s")
+    if not rates:
+        return []
+    triton = f", Triton {environment['triton']}" if environment["triton"] else ""
+    return [f"{environment['name']}, PyTorch {environment['torch']}{triton}: {'; '.join(rates)}."]
+
+
+def _unpacking(suite: Row) -> list[str]:
+    types = suite.get("unpack", {}).get("types", {})
+    lines = [
+        f"Unpacking to {suite['dtype']} at the sizes of Flux's layers, least and most over six shapes: share",
+        "of the copy bandwidth, times faster than the chain of torch operations of other programs, and for a",
+        "layer that sees one token the share of the copy bandwidth at which the packed weight is multiplied.",
+        "",
+        "| | of copy bandwidth | times the chain | one token, of copy bandwidth |",
+        "|---|---|---|---|",
+    ]
+    for name, rows in types.items():
+        rows = [row for row in rows if "error" not in row]
+        chain = _range(rows, lambda row: row["triton_times_faster_than_chain"], "{:.1f}")
+        product = _range(rows, lambda row: row["product"]["fused_of_copy"], "{:.0%}")
+        lines.append(f"| {name} | {_range(rows, of_copy, '{:.0%}')} | {chain} | {product} |")
+    return lines if types else []
+
+
+def _range(rows: Sequence[Row], figure: Callable[[Row], float], form: str) -> str:
+    """Least and most of the rows that have the figure."""
+    values = []
+    for row in rows:
+        try:
+            values.append(figure(row))
+        except KeyError:
+            continue
+    return f"{form.format(min(values))} to {form.format(max(values))}" if values else ""
+
+
+def _engine(suite: Row) -> list[str]:
+    engine, lock = suite.get("engine", {}), suite.get("page_lock", {})
+    lines = []
+    if "switching" in engine:
+        row = engine["switching"]
+        size, leaving_ms = gigabytes(row["resident_bytes"]), row["unload_s"] * 1e3
+        lines += [
+            f"A model of {size} leaves the device in {leaving_ms:.1f} ms; back, its first step takes",
+            f"{row['first_step_s']:.2f} s, a later one {row['later_step_s']:.2f} s, and its bytes "
+            f"{row['transfer_s']:.2f} s on the link.",
+        ]
+    if "peak_over_allowed" in engine.get("running_ahead", {}):
+        row = engine["running_ahead"]
+        lines.append(
+            f"Steps that the host does not wait for, with {row['budget_share']:.0%} of the model as budget: "
+            f"device peak {gigabytes(row['peak_device_bytes'])}, {row['peak_over_allowed']:.3f} x budget and "
+            "activations."
+        )
+    if "register_bytes_per_s" in lock:
+        lines.append(
+            f"Page-locking memory where it is: {lock['register_bytes_per_s'] / 1e9:.1f} GB/s; by torch's "
+            f"allocator: {lock['allocator_bytes_per_s'] / 1e9:.1f} GB/s."
+        )
+    return lines
+
+
+def _steps(case: Row) -> list[str]:
+    card = "" if case["stands_for"] is None else f"; {case['stands_for']}"
+    lines = [
+        f"Steps at {case['case']}{card} (link {case['link_bytes_per_s'] / 1e9:.1f} GB/s):",
+        "",
+        "| | budget | step | bound | times the bound | device peak | page-locked | RAM |",
+        "|---" * 8 + "|",
+    ]
+    for row in case["rows"]:
+        share = f"{row['budget_share']:.0%}" if "budget_share" in row else ""
+        start = f"| {row['system'].replace('_', ' ')} | {share}"
+        if "step_s" not in row:
+            lines.append(f"{start} | {row['error']} | | | | | |")
+            continue
+        bound = f"{row['bound_s']:.3f} s | {row['ratio']:.3f}" if "ratio" in row else " | "
+        nbytes = [row[key] for key in ("peak_device_bytes", "page_locked_bytes", "rss_bytes")]
+        lines.append(f"{start} | {row['step_s']:.3f} s | {bound} | {' | '.join(map(gigabytes, nbytes))} |")
+    dense = [row for row in case["rows"] if "packed_over_dense" in row]
+    if dense:
+        row = dense[0]
+        lines += ["", f"All resident takes {row['packed_over_dense']:.3f} times {row['system']}."]
+    return lines
