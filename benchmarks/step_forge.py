@@ -120,7 +120,7 @@ def forge_model(forge: Any, model: Any) -> Any:
                 self, x, skip_weight_dtype=True, weight_fn=unpacked, skip_bias_dtype=True
             )
             with forge.operations.main_stream_worker(weight, bias, signal):
-                self.busy(self.seconds)
+                self.busy(sum(self.times))
                 return x + weight.view(-1)[-READ_BYTES:]
 
     def unpacked(weight: Any) -> torch.Tensor:
@@ -137,7 +137,7 @@ def forge_model(forge: Any, model: Any) -> Any:
             layer = (Busy if busy else forge.operations.ForgeOperationsGGUF.Linear)()
             del layer.dummy
             if busy:
-                layer.busy, layer.seconds = module.busy, module.seconds
+                layer.busy, layer.times = module.busy, module.times
             layer.weight = parameter(forge, module.weight.detach())
             if module.bias is not None:
                 layer.bias = torch.nn.Parameter(module.bias.detach().clone(), requires_grad=False)
