@@ -154,7 +154,9 @@ class BusyLinear(nn.Linear):
         return x + unpacked
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(self.unpack(self.weight.data), x)
+        weight = self.weight.data
+        packed = weight.packed if isinstance(weight, PackedTensor) else weight
+        return self.multiply(self.unpack(packed), x)
 
 
 class Chain(nn.Module):
