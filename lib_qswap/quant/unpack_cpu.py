@@ -38,6 +38,8 @@ class ChunkUnpacker:
         self.bytes = self.words.view(-1).view(torch.int8 if self.signed else torch.uint8)
         self.numbers = torch.empty(self.bytes.numel())
         self.rows = self.planes_of_numbers()
+        self.unrounded: Tensor | None = None
+        self.unrounded_planes: Sequence[Tensor] = ()
 
     def planes_of_numbers(self) -> Sequence[Tensor]:
         """`numbers` as a (rows, width) for each plane."""
@@ -51,7 +53,8 @@ class ChunkUnpacker:
         """For any number of chunks, fp32: what the planes are multiplied by, (planes, rows, 1).
 
         Or two: what `numbers`, as one (rows of all planes, width), are multiplied by, given with a dimension
-        for the planes before that of the rows, and what is then taken off the planes, (planes, rows, 1).
+        for the planes before that of the rows, and what is then added to the planes, (planes, rows, 1).
+        They may be overwritten by the next call.
         """
         raise NotImplementedError
 
@@ -70,7 +73,18 @@ class ChunkUnpacker:
         scale, minima = scales
         self.numbers.view(scale.shape[0], scale.shape[1], self.width).mul_(scale)
         for numbers, minimum, plane in zip(self.rows, minima.unbind(0), values, strict=True):
-            torch.sub(numbers, minimum, out=plane)
+            torch.add(numbers, minimum, out=plane)
+
+    def unpack_into(self, values: Tensor, blocks: Tensor, *scales: Tensor) -> None:
+        """A chunk into its values, fp32, fp16 or bf16 (blocks, block_elements)."""
+        if values.dtype == torch.float32:
+            self.unpack(blocks, self.planes_of_values(values), *scales)
+            return
+        if self.unrounded is None:
+            self.unrounded = torch.empty(values.shape)
+            self.unrounded_planes = self.planes_of_values(self.unrounded)
+        self.unpack(blocks, self.unrounded_planes, *scales)
+        values.copy_(self.unrounded)
 
 
 def unpack_whole_chunks(
@@ -87,9 +101,6 @@ def unpack_whole_chunks(
     if not chunks:
         return 0
     unpacker = kind(chunk)
-    rounded = values.dtype != torch.float32
-    unrounded = torch.empty((chunk, elements)) if rounded else values
-    planes = unpacker.planes_of_values(unrounded) if rounded else ()
     for first in range(0, chunks, _CHUNKS_OF_SCALES):
         count = min(_CHUNKS_OF_SCALES, chunks - first)
         several = slice(first * chunk, (first + count) * chunk)
@@ -98,7 +109,5 @@ def unpack_whole_chunks(
         for packed, out, *of_chunk in zip(
             blocks[several].split(chunk), values[several].split(chunk), *of_chunks, strict=True
         ):
-            unpacker.unpack(packed, planes or unpacker.planes_of_values(out), *of_chunk)
-            if rounded:
-                out.copy_(unrounded)
+            unpacker.unpack_into(out, packed, *of_chunk)
     return chunks * chunk
