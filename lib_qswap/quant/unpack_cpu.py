@@ -38,8 +38,6 @@ class ChunkUnpacker:
         self.bytes = self.words.view(-1).view(torch.int8 if self.signed else torch.uint8)
         self.numbers = torch.empty(self.bytes.numel())
         self.rows = self.planes_of_numbers()
-        self.unrounded: Tensor | None = None
-        self.unrounded_planes: Sequence[Tensor] = ()
 
     def planes_of_numbers(self) -> Sequence[Tensor]:
         """`numbers` as a (rows, width) for each plane."""
@@ -75,17 +73,6 @@ class ChunkUnpacker:
         for numbers, minimum, plane in zip(self.rows, minima.unbind(0), values, strict=True):
             torch.add(numbers, minimum, out=plane)
 
-    def unpack_into(self, values: Tensor, blocks: Tensor, *scales: Tensor) -> None:
-        """A chunk into its values, fp32, fp16 or bf16 (blocks, block_elements)."""
-        if values.dtype == torch.float32:
-            self.unpack(blocks, self.planes_of_values(values), *scales)
-            return
-        if self.unrounded is None:
-            self.unrounded = torch.empty(values.shape)
-            self.unrounded_planes = self.planes_of_values(self.unrounded)
-        self.unpack(blocks, self.unrounded_planes, *scales)
-        values.copy_(self.unrounded)
-
 
 def unpack_whole_chunks(
     kind: Callable[[int], ChunkUnpacker], blocks: Tensor, values: Tensor, chunk_elements: int
@@ -101,6 +88,9 @@ def unpack_whole_chunks(
     if not chunks:
         return 0
     unpacker = kind(chunk)
+    rounded = values.dtype != torch.float32
+    unrounded = torch.empty((chunk, elements)) if rounded else values
+    planes = unpacker.planes_of_values(unrounded) if rounded else ()
     for first in range(0, chunks, _CHUNKS_OF_SCALES):
         count = min(_CHUNKS_OF_SCALES, chunks - first)
         several = slice(first * chunk, (first + count) * chunk)
@@ -109,5 +99,7 @@ def unpack_whole_chunks(
         for packed, out, *of_chunk in zip(
             blocks[several].split(chunk), values[several].split(chunk), *of_chunks, strict=True
         ):
-            unpacker.unpack_into(out, packed, *of_chunk)
+            unpacker.unpack(packed, planes or unpacker.planes_of_values(out), *of_chunk)
+            if rounded:
+                out.copy_(unrounded)
     return chunks * chunk

@@ -38,7 +38,8 @@ _2, _4, _8, _30, _32 = torch.tensor([2, 4, 8, 30, 32]).unbind(0)
 
 
 class _SixBitScales:
-    """Scales, times the unit of their plane, and negative minima of a number of blocks.
+    """Scales, times the unit of their plane, and negative minima of a number of blocks, in buffers that are
+    allocated once: so many temporaries in fresh memory would be page faults.
 
     units: of the two planes, the low and the high nibbles of every 32 bytes.
     """
