@@ -51,7 +51,8 @@ class ChunkUnpacker:
         """For any number of chunks, fp32: what the planes are multiplied by, (planes, rows, 1).
 
         Or two: what `numbers`, as one (rows of all planes, width), are multiplied by, given with a dimension
-        for the planes before that of the rows, and what is then taken off the planes, (planes, rows, 1).
+        for the planes before that of the rows, and what is then added to the planes, (planes, rows, 1).
+        They may be overwritten by the next call.
         """
         raise NotImplementedError
 
@@ -70,7 +71,7 @@ class ChunkUnpacker:
         scale, minima = scales
         self.numbers.view(scale.shape[0], scale.shape[1], self.width).mul_(scale)
         for numbers, minimum, plane in zip(self.rows, minima.unbind(0), values, strict=True):
-            torch.sub(numbers, minimum, out=plane)
+            torch.add(numbers, minimum, out=plane)
 
 
 def unpack_whole_chunks(

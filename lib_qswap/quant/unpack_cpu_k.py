@@ -30,46 +30,94 @@ def _repeated_half(blocks: Tensor, offset: int, count: int) -> Tensor:
 
 # -- Q4_K and Q5_K: groups of 32 -----------------------------------------------------------------------------
 
-
-def _six_bit_scales(blocks: Tensor, *units: float) -> tuple[Tensor, Tensor]:
-    """Scales (times the unit of their plane) and minima, fp32 (2, 4 * n, 1) each: planes 0 and 1 of every 32
-    bytes."""
-    n = blocks.shape[0]
-    first, second = blocks.view(torch.int64)[:, :2].t().contiguous().unbind(0)  # d, dmin, 4 sc; 4 m, 4 rest
-    six = torch.empty((2, 2, n), dtype=torch.int64)
-    tops = ((first >> 34) & 0x30303030, (second >> 2) & 0x30303030)
-    rests = ((second >> 32) & 0x0F0F0F0F, (second >> 36) & 0x0F0F0F0F)
-    for low, top, rest, of_both in zip((first >> 32, second), tops, rests, six.unbind(1), strict=True):
-        eight = top.bitwise_or_(rest).bitwise_left_shift_(32).bitwise_or_(low & 0x3F3F3F3F)
-        torch.bitwise_and(eight, _LANES, out=of_both[0])
-        torch.bitwise_and(eight >> 8, _LANES, out=of_both[1])
-    numbers = six.view(torch.int16).float()  # (plane, scale or minimum, 4 * n)
-    halves = torch.stack((_repeated_half(blocks, 0, 4), _repeated_half(blocks, 2, 4)))
-    scales, minima = numbers.mul_(halves).unbind(1)
-    return scales.mul_(torch.tensor(units)[:, None])[:, :, None], minima[:, :, None]
+# Of the words that hold four 6-bit numbers, and the other four in their upper half.
+_LOW, _HIGH_TOPS, _HIGH_RESTS = torch.tensor([0x3F3F3F3F, 0x30303030 << 32, 0x0F0F0F0F << 32]).unbind(0)
+_ODD_LANES = ~_LANES
+_HALVES, _SIGN_OF_SECOND, _TWICE = torch.tensor([0xFFFFFFFF, 0x80000000, 0x0000000100000001]).unbind(0)
+_2, _4, _8, _30, _32 = torch.tensor([2, 4, 8, 30, 32]).unbind(0)
 
 
-class Q4_K(ChunkUnpacker):
+class _SixBitScales:
+    """Scales, times the unit of their plane, and negative minima of a number of blocks, in buffers that are
+    allocated once: so many temporaries in fresh memory would be page faults.
+
+    units: of the two planes, the low and the high nibbles of every 32 bytes.
+    """
+
+    def __init__(self, n: int, units: Sequence[float]) -> None:
+        self.n = n
+        self.words = torch.empty((5, n), dtype=torch.int64).unbind(0)
+        self.even, self.odd = small = torch.empty((2, n), dtype=torch.int64)
+        self.bytes = small.view(torch.uint8)
+        self.numbers = torch.empty((2, 8 * n))  # of each plane (n, 4, 2): scale, minimum
+        self.halves = torch.empty(4 * n)
+        self.repeated = torch.empty(8 * n)
+        # Copies of 16 bytes at a time: of shorter ones there would be more, and rows of 4 take longer.
+        self.repeat_from = self.halves.view(torch.complex128)
+        self.repeat_to = self.repeated.view(torch.complex128).view(n, 2).unbind(1)
+        self.units = [torch.tensor([unit, 1.0]).repeat(4 * n) if unit != 1 else None for unit in units]
+
+    def __call__(self, blocks: Tensor) -> Tensor:
+        """fp32 (2, 4 * n, 2), valid until the next call."""
+        first, second, scales, minima, part = self.words
+        for word, column in zip((first, second), blocks.view(torch.int64)[:, :2].unbind(1), strict=True):
+            word.copy_(column)  # d, dmin, 4 scales; 4 minima, the 4 other scales' and minima's low bits
+        torch.bitwise_right_shift(first, _32, out=scales).bitwise_and_(_LOW)
+        scales.bitwise_or_(torch.bitwise_right_shift(first, _2, out=part).bitwise_and_(_HIGH_TOPS))
+        scales.bitwise_or_(torch.bitwise_and(second, _HIGH_RESTS, out=part))
+        torch.bitwise_and(second, _LOW, out=minima)
+        minima.bitwise_or_(torch.bitwise_left_shift(second, _30, out=part).bitwise_and_(_HIGH_TOPS))
+        minima.bitwise_or_(torch.bitwise_right_shift(second, _4, out=part).bitwise_and_(_HIGH_RESTS))
+        # Those of the even and of the odd groups, scale and minimum in turn.
+        torch.bitwise_and(scales, _LANES, out=self.even)
+        self.even.bitwise_or_(torch.bitwise_left_shift(minima, _8, out=part).bitwise_and_(_ODD_LANES))
+        torch.bitwise_right_shift(scales, _8, out=self.odd).bitwise_and_(_LANES)
+        self.odd.bitwise_or_(torch.bitwise_and(minima, _ODD_LANES, out=part))
+        self.numbers.view(-1).copy_(self.bytes.view(-1))
+        # d and -dmin, twice in a word and then twice again.
+        first.bitwise_and_(_HALVES).bitwise_xor_(_SIGN_OF_SECOND).mul_(_TWICE)
+        self.halves.copy_(first.view(torch.float16))
+        for twice in self.repeat_to:
+            twice.copy_(self.repeat_from)
+        self.numbers.mul_(self.repeated)
+        for numbers, unit in zip(self.numbers.unbind(0), self.units, strict=True):
+            if unit is not None:
+                numbers.mul_(unit)
+        return self.numbers.view(2, -1, 2)
+
+
+class _Groups32(ChunkUnpacker):
+    """Every 32 bytes hold two groups, of the low and of the high nibbles."""
+
     width, planes = 32, 2
+    units: tuple[float, float]
 
     def __init__(self, blocks: int) -> None:
         super().__init__((2, blocks, 16))
-        self.masks = _every_byte(0x0F, 0xF0).unbind(0)
+        self.six_bit_scales = _SixBitScales(0, self.units)
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
-        return _six_bit_scales(blocks, 1, 1 / 16)
-
-    def read(self, blocks: Tensor) -> None:
-        nibbles = blocks.view(torch.int64)[:, 2:]
-        for mask, words in zip(self.masks, self.words.unbind(0), strict=True):
-            torch.bitwise_and(nibbles, mask, out=words)
+        if self.six_bit_scales.n != blocks.shape[0]:
+            self.six_bit_scales = _SixBitScales(blocks.shape[0], self.units)
+        return self.six_bit_scales(blocks).split(1, 2)
 
 
-class Q5_K(ChunkUnpacker):
-    width, planes = 32, 2
+class Q4_K(_Groups32):
+    units = (1, 1 / 16)
 
     def __init__(self, blocks: int) -> None:
-        super().__init__((2, blocks, 16))
+        super().__init__(blocks)
+        self.masks = _every_byte(0x0F, 0xF0)[:, None, None]
+
+    def read(self, blocks: Tensor) -> None:
+        torch.bitwise_and(blocks.view(torch.int64)[:, 2:], self.masks, out=self.words)
+
+
+class Q5_K(_Groups32):
+    units = (1 / 8, 1 / 8)
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__(blocks)
         self.low, self.high = self.words.unbind(0)
         self.fifth = torch.empty((blocks, 4, 4), dtype=torch.int64)
         self.fifth_of_pairs = self.fifth.unbind(1)
@@ -79,9 +127,6 @@ class Q5_K(ChunkUnpacker):
         shifts = torch.tensor([7, 5, 3, 1]).repeat_interleave(4)
         self.shifts = (shifts, shifts - 1)
         self.four, self.top = _every_byte(0x78, 0x80).unbind(0)
-
-    def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
-        return _six_bit_scales(blocks, 1 / 8, 1 / 8)
 
     def read(self, blocks: Tensor) -> None:
         words = blocks.view(torch.int64)
@@ -160,7 +205,10 @@ class Q2_K(_Groups16):
         pairs = (small >> _BYTES_TO_BOTTOM[::2]).bitwise_and_(0x0F0F).short().view(torch.uint8).float()
         scales = pairs.mul_(_repeated_half(blocks, 80, 4)).mul_(self.units)
         minima = (
-            (small >> (_BYTES_TO_BOTTOM + 4)).bitwise_and_(0x0F).float().mul_(_repeated_half(blocks, 82, 2))
+            (small >> (_BYTES_TO_BOTTOM + 4))
+            .bitwise_and_(0x0F)
+            .float()
+            .mul_(_repeated_half(blocks, 82, 2).neg_())
         )
         return scales[:, :, None], minima[:, :, None]
 
