@@ -128,6 +128,8 @@ def main() -> None:
             results["whole"].append(server.measure(f"QSwap, {arithmetic}"))
         server.use(total_bytes=WHOLE_BYTES, link=0, qswap=None)
         results["whole"].append(server.measure("Forge"))
+    server.use(total_bytes=small, link=link, qswap=QSWAP_LOCATIONS[0])
+    server.measure("warming up for the small device")
     for location in QSWAP_LOCATIONS:
         server.use(total_bytes=small, link=link, qswap=location)
         results["swapped"].append(server.measure(f"QSwap, {location}"))

@@ -1,4 +1,4 @@
-"""Plans that were made before: a search takes up to 0.3 s, and models that take turns on a device come back
+"""Plans that were made before: a search takes up to 0.4 s, and models that take turns on a device come back
 to much the same budget each time."""
 
 from __future__ import annotations
