@@ -238,7 +238,8 @@ def test_unloading_hundreds_of_layers_takes_the_host_microseconds_each(sim):
             attachment.unload()
             took.append(time.thread_time() - begun)
             attachment.rebalance(1 << 30)
-        assert min(took) < 20e-6 * len(sizes)
+        # About 10 each in a process of its own, 22 at the end of a long one.
+        assert min(took) < 50e-6 * len(sizes)
 
 
 class Waiting:
