@@ -49,7 +49,7 @@ def _of_snapshot(models: list[Any]) -> dict[str, Any]:
                         "name": layer.get("name"),
                         "bytes": layer.get("bytes"),
                         "compute_s": _number(time_us, f"layers[{index}].compute_us") / 1e6,
-                        "read_s": _optional(layer.get("read_us"), f"layers[{index}].read_us", 1e-6),
+                        "read_s": _seconds_read(layer, index),
                     }
                     for index, (layer, time_us) in enumerate(zip(layers, times_us, strict=True))
                 ],
@@ -64,14 +64,15 @@ def _layer(layer: Any, index: int) -> LayerCost:
     if nbytes != int(nbytes):
         raise ValueError(f"layers[{index}].bytes must be a whole number, not {nbytes!r}")
     compute_s = _number(layer.get("compute_s"), f"layers[{index}].compute_s")
-    read_s = _optional(layer.get("read_s"), f"layers[{index}].read_s")
-    if read_s is not None and read_s > compute_s:
-        raise ValueError(f"layers[{index}].read_s must not be more than its compute_s")
+    read_s = layer.get("read_s")
+    if read_s is not None:
+        read_s = _number(read_s, f"layers[{index}].read_s")
     return LayerCost(layer["name"], int(nbytes), compute_s, read_s)
 
 
-def _optional(value: Any, field: str, unit: float = 1.0) -> float | None:
-    return None if value is None else _number(value, field) * unit
+def _seconds_read(layer: dict[str, Any], index: int) -> float | None:
+    time_us = layer.get("read_us")
+    return None if time_us is None else _number(time_us, f"layers[{index}].read_us") / 1e6
 
 
 def _number(value: Any, field: str) -> float:

@@ -118,3 +118,15 @@ def engine(sim):
     with swap_models.clean_engine():
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def forge():
+    """The stand-in for Forge with QSwap loaded and its settings made. Files that need it otherwise have a
+    `forge` of their own."""
+    import forge_standin
+
+    with forge_standin.running() as webui:
+        webui.load_scripts()
+        webui.script_callbacks.run("ui_settings")
+        yield webui

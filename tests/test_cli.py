@@ -270,6 +270,8 @@ def test_plan_reads_what_the_page_answers_about_a_model_that_has_run(tmp_path, c
         ({"layers": [3]}, "layers[0]"),
         ({"layers": [{"name": "a", "bytes": 1.5, "compute_s": 1}]}, "layers[0].bytes must be a whole number"),
         ({"layers": [{"name": "a", "bytes": 1, "compute_s": -1}]}, "layers[0].compute_s"),
+        ({"layers": [{"name": "a", "bytes": 1, "compute_s": 1, "read_s": -1}]}, "layers[0].read_s"),
+        ({"layers": [{"name": "a", "bytes": 1, "compute_s": 1, "read_s": 2}]}, "for longer than it computes"),
         ({"layers": [{"name": "a", "bytes": 1, "compute_s": 1}] * 2}, "same name"),
     ],
 )

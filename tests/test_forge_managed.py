@@ -21,14 +21,6 @@ pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("engine")]
 GPU = "simgpu"
 
 
-@pytest.fixture
-def forge():
-    with forge_standin.running() as webui:
-        webui.load_scripts()
-        webui.script_callbacks.run("ui_settings")
-        yield webui
-
-
 class Wrapper(torch.nn.Module):
     """As Forge's CLIPEmbeddingForTextualInversion."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import forge_standin
 import pytest
 import swap_models as sm
 import torch
@@ -31,14 +30,6 @@ class Transformer(torch.nn.Module):
 
     def forward(self, x, hw):
         return self.layers[0](x + self.cropped_pos_embed(hw).to(x.device, x.dtype))
-
-
-@pytest.fixture
-def forge():
-    with forge_standin.running() as webui:
-        webui.load_scripts()
-        webui.script_callbacks.run("ui_settings")
-        yield webui
 
 
 @pytest.fixture

@@ -122,8 +122,7 @@ class Copier:
         """Starts or ends the worker thread and its staging buffers. Only between steps.
 
         The buffers are page-locked within the pin budget, before anything else is; without a budget for them
-        the worker copies from
-        pageable buffers: slower, and still off the calling thread.
+        the worker copies from pageable buffers: slower, and still off the calling thread.
         """
         if wanted == self.staged or (wanted and not self._device.streams and not self._device.is_host):
             return

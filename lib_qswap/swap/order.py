@@ -90,9 +90,9 @@ class Order(Generic[L]):
         """`layer` is used now. Returns whether the others that were predicted are still expected next, in the
         same order.
 
-        A layer that comes before its turn has overtaken some; what they are good for shows next. Either one
-        of them follows: the order is another one. Or the layer does that stood behind the one that overtook
-        them: they are skipped.
+        A layer that comes before its turn has overtaken some. The next use shows what that means: if one of
+        those follows, the order is another one; if the layer follows that stood behind the one that overtook
+        them, they are skipped.
         """
         self._recorded.append(layer)
         place = self._position

@@ -2,10 +2,9 @@
 next.
 
 One streamer serves all models on a device: its ring is the only device memory that swapped layers need.
-Nothing here waits for the
-device: the compute stream is ordered after a layer's copy, and a later copy into the same slot after that
-    compute, by events. The calling thread
-waits only for the copier's worker to have *issued* a copy.
+Nothing here waits for the device: the compute stream is ordered after a layer's copy, and a later copy into
+the same slot after what has read it, by events. The calling thread waits only for the copier's worker to have
+*issued* a copy.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from make_models import (
     SDXL,
     SDXL_SMALL_UNET,
     ModelMaker,
-    enter_webui,
+    make_all,
     packed_rows,
     random_tensor,
     shapes_of,
@@ -210,12 +209,7 @@ def stored(
 def main() -> None:
     if "FORGE" not in os.environ or len(sys.argv) < 2:
         sys.exit("make_checkpoints.py: set FORGE to the folder of the web UI, and name what to make")
-    wanted = sys.argv[1:]
-    webui = Path(os.environ["FORGE"]).resolve()
-    enter_webui(webui)
-    maker = CheckpointMaker(webui)
-    for what in wanted:
-        maker.make(what)
+    make_all(CheckpointMaker, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -487,9 +488,14 @@ def main() -> None:
     if "FORGE" not in os.environ:
         sys.exit("make_models.py: set FORGE to the folder of the web UI (the one with launch.py)")
     wanted = sys.argv[1:] or STANDARD
+    make_all(ModelMaker, wanted)
+
+
+def make_all(kind: type[ModelMaker], wanted: Sequence[str]) -> None:
+    """Makes everything that is named in the web UI's folder, $FORGE."""
     webui = Path(os.environ["FORGE"]).resolve()
     enter_webui(webui)
-    maker = ModelMaker(webui)
+    maker = kind(webui)
     for what in wanted:
         maker.make(what)
 
