@@ -19,7 +19,42 @@ from .unpack_triton import Kernel, compiled, on_device, store
 _ROWS = 4
 _STEP_ELEMENTS = 512
 _WARPS = 2
-VALUES: Any = None  # as in unpack_triton
+_RUN = tl.constexpr(8)  # elements whose products are added up before they are scaled, all of one group
+PARTS: Any = None  # as in unpack_triton
+OFFSETS: Any = None
+
+
+# Splitting keeps the elements of a run in one thread; a sum over an axis would go from thread to thread.
+@triton.jit
+def _two(sums, numbers, given):
+    """sums + the products of numbers and given (..., 2), which are broadcast to each other."""
+    a, b = tl.split(numbers)
+    x, y = tl.split(given)
+    return sums + a * x + b * y
+
+
+@triton.jit
+def _four(sums, numbers, given):
+    """The same of (..., 2, 2)."""
+    a, b = tl.split(numbers)
+    x, y = tl.split(given)
+    return _two(_two(sums, a, x), b, y)
+
+
+@triton.jit
+def _eight(sums, numbers, given):
+    """The same of (..., 2, 2, 2)."""
+    a, b = tl.split(numbers)
+    x, y = tl.split(given)
+    return _four(_four(sums, a, x), b, y)
+
+
+@triton.jit
+def _of_runs(groups, ROWS: tl.constexpr, RUNS: tl.constexpr):
+    """A number for each group (blocks, groups) -> (ROWS, RUNS), that of each run's group."""
+    each: tl.constexpr = ROWS * RUNS // (groups.shape[0] * groups.shape[1])
+    groups = tl.broadcast_to(groups[:, :, None], (groups.shape[0], groups.shape[1], each))
+    return tl.reshape(groups, (ROWS, RUNS))
 
 
 def _multiply(
@@ -30,36 +65,48 @@ def _multiply(
     out,
     rows,
     row_blocks,
+    BLOCK_BYTES: tl.constexpr,
     BLOCK_ELEMENTS: tl.constexpr,
     INPUTS: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
     # Rows and blocks past the end are the last one once more, the latter with inputs of 0.
+    RUNS: tl.constexpr = STEP * BLOCK_ELEMENTS // _RUN
     first_row = tl.program_id(0).to(tl.int64) * ROWS
+    packed += first_row * row_blocks * BLOCK_BYTES
+    last_row = (rows - 1 - first_row).to(tl.int32)
     tile = tl.arange(0, ROWS * STEP)
-    first_block = tl.minimum(first_row + tile // STEP, rows - 1) * row_blocks
+    first_block = tl.minimum(tile // STEP, last_row) * row_blocks
     row_elements = row_blocks * BLOCK_ELEMENTS
-    element = tl.arange(0, STEP * BLOCK_ELEMENTS)[None, :]
-    token = tl.arange(0, INPUTS)[:, None]
-    sums = tl.zeros((INPUTS, ROWS, STEP * BLOCK_ELEMENTS), tl.float32)
+    element = tl.arange(0, RUNS)[None, :, None] * _RUN + tl.arange(0, _RUN)[None, None, :]
+    token = tl.arange(0, INPUTS)[:, None, None]
+    sums = tl.zeros((INPUTS, ROWS, RUNS), tl.float32)
     for start in range(0, row_blocks, STEP):
         blocks = first_block + tl.minimum(start + tile % STEP, row_blocks - 1)
-        values = VALUES(packed, table, blocks, ROWS * STEP)
-        values = tl.reshape(values, (ROWS, STEP * BLOCK_ELEMENTS))
         position = start * BLOCK_ELEMENTS + element
         given = tl.load(inputs + token * row_elements + position, mask=position < row_elements, other=0)
-        sums += values[None, :, :] * given.to(tl.float32)[:, None, :]
-    row = tl.minimum(first_row + tl.arange(0, ROWS), rows - 1)[None, :]
+        given = given.to(tl.float32)
+        if OFFSETS == 0:
+            numbers, scales = PARTS(packed, table, blocks, ROWS * STEP)
+        else:
+            numbers, scales, offsets = PARTS(packed, table, blocks, ROWS * STEP)
+            offsets = _of_runs(offsets * OFFSETS, ROWS, RUNS)
+            sums += tl.sum(given, axis=2)[:, None, :] * offsets[None, :, :]
+        numbers = tl.reshape(numbers, (1, ROWS, RUNS, 2, 2, 2))
+        given = tl.reshape(given, (INPUTS, 1, RUNS, 2, 2, 2))
+        products = _eight(tl.zeros((INPUTS, ROWS, RUNS), tl.float32), numbers, given)
+        sums += products * _of_runs(scales, ROWS, RUNS)[None, :, :]
+    row = (first_row + tl.minimum(tl.arange(0, ROWS), last_row))[None, :]
     products = tl.sum(sums, axis=2)
     if bias is not None:
         products += tl.load(bias + row).to(tl.float32)
-    store(out + token * rows + row, products)
+    store(out + tl.arange(0, INPUTS)[:, None] * rows + row, products)
 
 
 @lru_cache(maxsize=64)
 def _launch(kernel: Kernel) -> Any:
-    return compiled(_multiply, kernel.values, ["rows", "row_blocks"])
+    return compiled(_multiply, kernel.parts, kernel.offsets, ["rows", "row_blocks"])
 
 
 def multiply(
@@ -77,6 +124,7 @@ def multiply(
             out,
             rows,
             inputs.shape[1] // block_elements,
+            BLOCK_BYTES=packed.numel() * block_elements // (rows * inputs.shape[1]),
             BLOCK_ELEMENTS=block_elements,
             INPUTS=count,
             ROWS=_ROWS,

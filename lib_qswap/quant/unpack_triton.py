@@ -1,14 +1,15 @@
 """Unpacking with Triton: what every type's kernel is made of, and its launch.
 
-A type has one function, decorated with `kernel`, which `unpack_triton_*` hold: the fp32 values of some of its
-blocks. What surrounds it is here. Packed bytes are read once and values written once; nothing is allocated
-and nothing waits for the device.
+A type has one function, decorated with `kernel`, which `unpack_triton_*` hold: the numbers and the scales of
+some of its blocks. What surrounds it is here. Packed bytes are read once and values written once; nothing is
+allocated and nothing waits for the device.
 
-What holds for every such function, `values(packed, table, blocks, TILE)`: packed points to uint8, table to
-the type's `table`, if it has one. blocks is int64 (TILE,), the numbers of the blocks to unpack, which may
-come more than once. It returns fp32 (TILE, block_elements), with the operations in the order that
-gguf-py has them in wherever the order matters. Bytes are taken four at a time, as words, and so are their
-bits: `spread` comes last.
+What holds for every such function, `parts(packed, table, blocks, TILE)`: packed points to uint8, table to the
+type's `table`, if it has one. blocks is int32 (TILE,), the numbers of the blocks to unpack, counted from
+packed; they may come more than once. It returns the numbers, fp32 (TILE, groups, elements of a group), the
+scales, fp32 (TILE, groups), and the offsets of a type that has them. A value is number * scale, its offset
+added or taken off as gguf-py does it. Bytes are taken four at a time, as words, and so are their bits:
+`spread` comes last.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from torch import Tensor
 # A program's: 8 elements for each store of 16 bytes, 4 stores for each of 128 threads.
 _TILE_ELEMENTS = 4096
 _WARPS = 4
-VALUES: Any = None  # the function of a type, in the globals that `compiled` makes
+PARTS: Any = None  # the function of a type, in the globals that `compiled` makes
+OFFSETS: Any = None  # its `Kernel.offsets`, likewise
 # The interpreter cuts off what a conversion to bf16 should round.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -86,19 +88,33 @@ def store(pointers, values):
     tl.store(pointers, values.to(pointers.dtype.element_ty))
 
 
-def _unpack(packed, table, out, count, BLOCK_ELEMENTS: tl.constexpr, TILE: tl.constexpr):
+def _unpack(
+    packed, table, out, count, BLOCK_BYTES: tl.constexpr, BLOCK_ELEMENTS: tl.constexpr, TILE: tl.constexpr
+):
+    first = tl.program_id(0).to(tl.int64) * TILE
+    packed += first * BLOCK_BYTES
+    out += first * BLOCK_ELEMENTS
     # What lies past the end does the last block once more, which needs no masks.
-    blocks = tl.minimum(tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), count - 1)
-    values = VALUES(packed, table, blocks, TILE)
+    blocks = tl.minimum(tl.arange(0, TILE), (count - 1 - first).to(tl.int32))
+    if OFFSETS == 0:
+        numbers, scales = PARTS(packed, table, blocks, TILE)
+        values = numbers * scales[:, :, None]
+    else:
+        numbers, scales, offsets = PARTS(packed, table, blocks, TILE)
+        values = numbers * scales[:, :, None]
+        # Adding what is negated would give a NaN another sign.
+        values = values + offsets[:, :, None] if OFFSETS > 0 else values - offsets[:, :, None]
+    values = tl.reshape(values, (TILE, BLOCK_ELEMENTS))
     store(out + blocks[:, None] * BLOCK_ELEMENTS + tl.arange(0, BLOCK_ELEMENTS)[None, :], values)
 
 
-def compiled(source: Callable[..., Any], values: Any, do_not_specialize: list[str]) -> Any:
-    """`source`, a kernel that calls `VALUES`, for the type whose values are `values`.
+def compiled(source: Callable[..., Any], parts: Any, offsets: int, do_not_specialize: list[str]) -> Any:
+    """`source`, a kernel that calls `PARTS`, for the type of `parts` and `offsets` (see `Kernel`).
 
     A function of its own, with globals of its own: older Tritons take no function as an argument.
     """
-    own = types.FunctionType(source.__code__, {**source.__globals__, "VALUES": values}, source.__name__)
+    its_globals = {**source.__globals__, "PARTS": parts, "OFFSETS": tl.constexpr(offsets)}
+    own = types.FunctionType(source.__code__, its_globals, source.__name__)
     own.__annotations__, own.__module__ = source.__annotations__, source.__module__
     return triton.jit(own, do_not_specialize=do_not_specialize)
 
@@ -107,11 +123,13 @@ def compiled(source: Callable[..., Any], values: Any, do_not_specialize: list[st
 class Kernel:
     """How Triton unpacks one type.
 
-    values: the decorated function. launch: `_unpack` with it. alignment: of the packed bytes' address, in
-    bytes. table: made once for each device.
+    parts: the decorated function. offsets: 0 where it returns none, 1 where they are added, -1 where they are
+    taken off. launch: `_unpack` with it. alignment: of the packed bytes' address, in bytes. table: made once
+    for each device.
     """
 
-    values: Any
+    parts: Any
+    offsets: int
     launch: Any
     alignment: int
     table: Callable[[torch.device], Tensor] | None
@@ -127,6 +145,7 @@ class Kernel:
                 table,
                 out,
                 count,
+                BLOCK_BYTES=packed.numel() // count,
                 BLOCK_ELEMENTS=block_elements,
                 TILE=tile,
                 num_warps=_WARPS,
@@ -136,13 +155,13 @@ class Kernel:
 
 
 def kernel(
-    *, alignment: int = 1, table: Callable[[torch.device], Tensor] | None = None
+    *, alignment: int = 1, offsets: int = 0, table: Callable[[torch.device], Tensor] | None = None
 ) -> Callable[[Callable[..., Any]], Kernel]:
     """Decorates the function of one type (see above)."""
 
     def decorate(function: Callable[..., Any]) -> Kernel:
-        values = triton.jit(function)
-        return Kernel(values, compiled(_unpack, values, ["count"]), alignment, table)
+        parts = triton.jit(function)
+        return Kernel(parts, offsets, compiled(_unpack, parts, offsets, ["count"]), alignment, table)
 
     return decorate
 

@@ -23,16 +23,16 @@ _e2m1 = partial(_values, E2M1_DOUBLED)
 
 
 @triton.jit
-def _look_up(table, nibbles, TILE: tl.constexpr, COUNT: tl.constexpr):
-    """fp32 (TILE, COUNT); the shape of what is stored in the end, so that both lie in the same registers."""
-    return tl.load(table + tl.reshape(nibbles, (TILE, COUNT)).to(tl.int32))
+def _look_up(table, nibbles, TILE: tl.constexpr, GROUPS: tl.constexpr, COUNT: tl.constexpr):
+    """fp32 (TILE, GROUPS, COUNT)."""
+    return tl.load(table + tl.reshape(nibbles, (TILE, GROUPS, COUNT)).to(tl.int32))
 
 
 @kernel(alignment=2, table=_iq4)
 def IQ4_NL(packed, table, blocks, TILE: tl.constexpr):
     start = packed.to(tl.pointer_type(tl.uint16)) + blocks * 9
     words = word_at(start[:, None, None] + 1 + 2 * tl.arange(0, 4)[None, None, :])
-    return _look_up(table, spread(two_nibbles(words)), TILE, 32) * half(tl.load(start))[:, None]
+    return _look_up(table, spread(two_nibbles(words)), TILE, 1, 32), half(tl.load(start))[:, None]
 
 
 @kernel(alignment=4, table=_iq4)
@@ -45,8 +45,7 @@ def IQ4_XS(packed, table, blocks, TILE: tl.constexpr):
     scales = (((low & 15) | ((top & 3) << 4)).to(tl.float32) - 32) * d[:, None]
     start = packed.to(tl.pointer_type(tl.uint32)) + (blocks * 34)[:, None, None]
     words = tl.load(start + 2 + tl.arange(0, 8)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :])
-    values = _look_up(table, spread(two_nibbles(words)), TILE, 256)
-    return tl.reshape(tl.reshape(values, (TILE, 8, 32)) * scales[:, :, None], (TILE, 256))
+    return _look_up(table, spread(two_nibbles(words)), TILE, 8, 32), scales
 
 
 @kernel(table=_e2m1)
@@ -59,8 +58,9 @@ def MXFP4(packed, table, blocks, TILE: tl.constexpr):
     data = start[:, None, None] + 1 + tl.arange(0, 4)[None, None, :] * 4
     words = tl.load(data).to(tl.uint32) | (tl.load(data + 1).to(tl.uint32) << 8)
     words = words | (tl.load(data + 2).to(tl.uint32) << 16) | (tl.load(data + 3).to(tl.uint32) << 24)
-    values = _look_up(table, spread(two_nibbles(words)), TILE, 32)
-    return values * bits.to(tl.float32, bitcast=True)[:, None]
+    return _look_up(table, spread(two_nibbles(words)), TILE, 1, 32), bits.to(tl.float32, bitcast=True)[
+        :, None
+    ]
 
 
 @kernel(alignment=4, table=_e2m1)
@@ -73,5 +73,4 @@ def NVFP4(packed, table, blocks, TILE: tl.constexpr):
     scales = tl.where(byte == 0x7F, 0.0, scales)
     start = packed.to(tl.pointer_type(tl.uint32)) + (blocks * 9)[:, None, None]
     words = tl.load(start + 1 + tl.arange(0, 4)[None, :, None] * 2 + tl.arange(0, 2)[None, None, :])
-    values = _look_up(table, spread(two_nibbles(words)), TILE, 64)
-    return tl.reshape(tl.reshape(values, (TILE, 4, 16)) * scales[:, :, None], (TILE, 64))
+    return _look_up(table, spread(two_nibbles(words)), TILE, 4, 16), scales

@@ -16,10 +16,9 @@ from .unpack_triton import bits_to_bytes, half, kernel, signed, spread, word_at
 
 
 @triton.jit
-def _scaled(values, scales, TILE: tl.constexpr, GROUPS: tl.constexpr):
-    """A number for each of 256 elements times its group's scale (TILE, GROUPS)."""
-    values = tl.reshape(values, (TILE, GROUPS, 256 // GROUPS))
-    return tl.reshape(values * scales[:, :, None], (TILE, 256))
+def _grouped(values, scales, TILE: tl.constexpr, GROUPS: tl.constexpr):
+    """A number for each of 256 elements, and the scales (TILE, GROUPS) of their groups."""
+    return tl.reshape(values, (TILE, GROUPS, 256 // GROUPS)), scales
 
 
 @triton.jit
@@ -83,7 +82,7 @@ def IQ2_XXS(packed, table, blocks, TILE: tl.constexpr):
     scales = ((high >> 28).to(tl.float32) + 0.5) * (half(tl.load(start)) * 0.25)[:, None]
     signs = (high[:, :, None] >> (tl.arange(0, 4) * 7)[None, None, :]) & 127
     signs = _eighth_sign(tl.reshape(signs, (TILE, 32)).to(tl.int32))
-    return _scaled(_iq2(table, index, signs), scales, TILE, 8)
+    return _grouped(_iq2(table, index, signs), scales, TILE, 8)
 
 
 @kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ2_XS))
@@ -92,7 +91,7 @@ def IQ2_XS(packed, table, blocks, TILE: tl.constexpr):
     pairs = tl.load(start[:, None] + 1 + tl.arange(0, 32)[None, :]).to(tl.int32)
     small = _nibbles(packed + blocks * 74, tl.arange(0, 16), 66)
     scales = (small + 0.5) * (half(tl.load(start)) * 0.25)[:, None]
-    return _scaled(_iq2(table, pairs & 511, _eighth_sign(pairs >> 9)), scales, TILE, 16)
+    return _grouped(_iq2(table, pairs & 511, _eighth_sign(pairs >> 9)), scales, TILE, 16)
 
 
 @kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ2_S))
@@ -104,7 +103,7 @@ def IQ2_S(packed, table, blocks, TILE: tl.constexpr):
     signs = tl.load(start[:, None] + 34 + row[None, :]).to(tl.int32)
     d = half(tl.load(packed.to(tl.pointer_type(tl.uint16)) + blocks * 41))
     scales = (_nibbles(start, tl.arange(0, 16), 74) + 0.5) * (d * 0.25)[:, None]
-    return _scaled(_iq2(table, index, signs), scales, TILE, 16)
+    return _grouped(_iq2(table, index, signs), scales, TILE, 16)
 
 
 @kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ3_XXS))
@@ -119,7 +118,7 @@ def IQ3_XXS(packed, table, blocks, TILE: tl.constexpr):
     position = _four_bit_rows(table, index)
     # 4, 12, 20, 28, 36, 44, 52, and 62 at position 7.
     words = position * 8 + 0x04040404 + (((position + 0x01010101) >> 2) & 0x02020202)
-    return _scaled(_with_signs(words, signs), scales, TILE, 8)
+    return _grouped(_with_signs(words, signs), scales, TILE, 8)
 
 
 @kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ3_S))
@@ -132,7 +131,7 @@ def IQ3_S(packed, table, blocks, TILE: tl.constexpr):
     d = half(tl.load(packed.to(tl.pointer_type(tl.uint16)) + blocks * 55))
     scales = (_nibbles(start, tl.arange(0, 8), 106) * 2 + 1) * d[:, None]
     words = _four_bit_rows(table, index) * 2 + 0x01010101
-    return _scaled(_with_signs(words, signs), scales, TILE, 8)
+    return _grouped(_with_signs(words, signs), scales, TILE, 8)
 
 
 @triton.jit
@@ -152,7 +151,7 @@ def IQ1_S(packed, table, blocks, TILE: tl.constexpr):
     high = tl.load(start[:, None] + 17 + (row // 4)[None, :]).to(tl.int32)
     index = tl.load(packed + (blocks * 50)[:, None] + 2 + row[None, :]).to(tl.int32)
     index = index | (((high >> (row % 4 * 3)[None, :]) & 7) << 8)
-    return _scaled(_iq1(table, index, high >> 15), scales, TILE, 8)
+    return _grouped(_iq1(table, index, high >> 15), scales, TILE, 8)
 
 
 @kernel(alignment=4, table=partial(iq_grids.stored_rows, iq_grids.IQ1))
@@ -171,4 +170,4 @@ def IQ1_M(packed, table, blocks, TILE: tl.constexpr):
     start = packed + (blocks * 56)[:, None]
     nibbles = tl.load(start + 32 + (row // 2)[None, :]).to(tl.int32) >> (row % 2 * 4)[None, :]
     index = tl.load(start + row[None, :]).to(tl.int32) | ((nibbles & 7) << 8)
-    return _scaled(_iq1(table, index, (nibbles >> 3) & 1), scales, TILE, 16)
+    return _grouped(_iq1(table, index, (nibbles >> 3) & 1), scales, TILE, 16)

@@ -9,12 +9,6 @@ from .unpack_triton import four_pairs, half, kernel, signed, spread, two_nibbles
 
 
 @triton.jit
-def _scaled(q, scales, TILE: tl.constexpr, GROUPS: tl.constexpr):
-    """A number for each of 256 elements times its group's scale (TILE, GROUPS)."""
-    return tl.reshape(q, (TILE, GROUPS, 256 // GROUPS)) * scales[:, :, None]
-
-
-@triton.jit
 def _six_bits(start, group):
     """Q4_K's and Q5_K's scales and minima of the groups, fp32 (n, 8); start: of the super-blocks (n, 1)."""
     first = tl.load(start + 4 + group % 4)
@@ -25,7 +19,7 @@ def _six_bits(start, group):
     return scales.to(tl.float32), minima.to(tl.float32)
 
 
-@kernel(alignment=4)
+@kernel(alignment=4, offsets=-1)
 def Q4_K(packed, table, blocks, TILE: tl.constexpr):
     halves = packed.to(tl.pointer_type(tl.uint16)) + blocks * 72
     small, minima = _six_bits(packed + (blocks * 144)[:, None], tl.arange(0, 8)[None, :])
@@ -34,10 +28,10 @@ def Q4_K(packed, table, blocks, TILE: tl.constexpr):
     start = packed.to(tl.pointer_type(tl.uint32)) + (blocks * 36)[:, None, None]
     words = tl.load(start + 4 + tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :])
     q = spread(two_nibbles(words)).to(tl.float32)
-    return tl.reshape(_scaled(q, scales, TILE, 8) - minima[:, :, None], (TILE, 256))
+    return tl.reshape(q, (TILE, 8, 32)), scales, minima
 
 
-@kernel(alignment=4)
+@kernel(alignment=4, offsets=-1)
 def Q5_K(packed, table, blocks, TILE: tl.constexpr):
     halves = packed.to(tl.pointer_type(tl.uint16)) + blocks * 88
     small, minima = _six_bits(packed + (blocks * 176)[:, None], tl.arange(0, 8)[None, :])
@@ -49,7 +43,7 @@ def Q5_K(packed, table, blocks, TILE: tl.constexpr):
     plane = tl.arange(0, 4)[:, None] * 2 + tl.arange(0, 2)[None, :]
     fifth = (fifth[:, :, None, :] >> plane[None, :, :, None]) & 0x01010101
     q = spread(two_nibbles(words) | (fifth << 4)).to(tl.float32)
-    return tl.reshape(_scaled(q, scales, TILE, 8) - minima[:, :, None], (TILE, 256))
+    return tl.reshape(q, (TILE, 8, 32)), scales, minima
 
 
 @kernel(alignment=2)
@@ -65,10 +59,10 @@ def Q6_K(packed, table, blocks, TILE: tl.constexpr):
     nibbles = nibbles >> (two * 4)[None, None, :, None, None]
     pairs = four_pairs(word_at(start + 64 + two[None, :, None] * 16 + word))
     q = (tl.reshape(nibbles, (TILE, 2, 4, 8)) & 0x0F0F0F0F) | (pairs << 4)
-    return tl.reshape(_scaled(spread(q).to(tl.float32) - 32, scales, TILE, 16), (TILE, 256))
+    return tl.reshape(spread(q).to(tl.float32) - 32, (TILE, 16, 16)), scales
 
 
-@kernel(alignment=4)
+@kernel(alignment=4, offsets=-1)
 def Q2_K(packed, table, blocks, TILE: tl.constexpr):
     halves = packed.to(tl.pointer_type(tl.uint16)) + blocks * 42
     small = tl.load(packed + (blocks * 84)[:, None] + tl.arange(0, 16)[None, :])
@@ -77,7 +71,7 @@ def Q2_K(packed, table, blocks, TILE: tl.constexpr):
     start = packed.to(tl.pointer_type(tl.uint32)) + (blocks * 21)[:, None, None]
     words = tl.load(start + 4 + tl.arange(0, 2)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :])
     q = spread(four_pairs(words)).to(tl.float32)
-    return tl.reshape(_scaled(q, scales, TILE, 16) - minima[:, :, None], (TILE, 256))
+    return tl.reshape(q, (TILE, 16, 16)), scales, minima
 
 
 @kernel(alignment=2)
@@ -94,11 +88,11 @@ def Q3_K(packed, table, blocks, TILE: tl.constexpr):
     plane = tl.arange(0, 2)[:, None] * 4 + tl.arange(0, 4)[None, :]
     third = word_at(start + word)[:, :, None, :] >> plane[None, :, :, None]
     q = spread(pairs | ((third & 0x01010101) << 2)).to(tl.float32) - 4
-    return tl.reshape(_scaled(q, scales, TILE, 16), (TILE, 256))
+    return tl.reshape(q, (TILE, 16, 16)), scales
 
 
 @kernel(alignment=4)
 def Q8_K(packed, table, blocks, TILE: tl.constexpr):
     scale = tl.load(packed.to(tl.pointer_type(tl.float32)) + blocks * 73)
     q = signed(tl.load(packed + (blocks * 292)[:, None] + 4 + tl.arange(0, 256)[None, :]))
-    return q * scale[:, None]
+    return q[:, None, :], scale[:, None]
