@@ -111,7 +111,6 @@ class Engine:
         attachment.rebalance(budget_bytes(attachment, 1.0))
         for _ in range(self.steps):
             self.step()
-        weights = self.device.allocated_bytes()
         reset_peak_device_bytes(kind)
         self.step()
         whole = peak_device_bytes(kind)
@@ -124,11 +123,12 @@ class Engine:
         self.device.synchronize()
         peak = peak_device_bytes(kind)
         row: Row = {"budget_share": AHEAD_SHARE, "budget_bytes": attachment.budget_bytes}
-        if weights is None or whole is None or peak is None:
+        if whole is None or peak is None:
             return row
-        allowed = attachment.budget_bytes + whole - weights
+        beside = whole - attachment.whole_bytes  # Inputs and activations.
+        allowed = attachment.budget_bytes + beside
         return row | {
-            "activation_bytes": whole - weights,
+            "activation_bytes": beside,
             "peak_device_bytes": peak,
             "peak_over_allowed": peak / allowed,
         }
