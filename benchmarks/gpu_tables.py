@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gpu_targets import of_copy
+from gpu_targets import of_copy, of_same_size_copy
 
 Row = Mapping[str, Any]
 
@@ -44,17 +44,19 @@ def _unpacking(suite: Row) -> list[str]:
     types = suite.get("unpack", {}).get("types", {})
     lines = [
         f"Unpacking to {suite['dtype']} at the sizes of Flux's layers, least and most over six shapes: share",
-        "of the copy bandwidth, times faster than the chain of torch operations of other programs, and for a",
+        "of the copy bandwidth, and of what a copy of as many bytes reaches, which is less for the smaller",
+        "layers on a fast GPU; times faster than the chain of torch operations of other programs; and for a",
         "layer that sees one token the share of the copy bandwidth at which the packed weight is multiplied.",
         "",
-        "| | of copy bandwidth | times the chain | one token, of copy bandwidth |",
-        "|---|---|---|---|",
+        "| | of copy bandwidth | of a copy of that size | times the chain | one token, of copy bandwidth |",
+        "|---|---|---|---|---|",
     ]
     for name, rows in types.items():
         rows = [row for row in rows if "error" not in row]
+        of_same = _range(rows, of_same_size_copy, "{:.0%}")
         chain = _range(rows, lambda row: row["triton_times_faster_than_chain"], "{:.1f}")
         product = _range(rows, lambda row: row["product"]["fused_of_copy"], "{:.0%}")
-        lines.append(f"| {name} | {_range(rows, of_copy, '{:.0%}')} | {chain} | {product} |")
+        lines.append(f"| {name} | {_range(rows, of_copy, '{:.0%}')} | {of_same} | {chain} | {product} |")
     return lines if types else []
 
 

@@ -47,11 +47,18 @@ def of_copy(row: Row) -> float:
     return row.get("triton_of_copy", row.get("torch_of_copy", math.nan))
 
 
+def of_same_size_copy(row: Row) -> float:
+    """The same of what a copy of as many bytes reaches."""
+    return row.get("triton_of_same_size_copy", row.get("torch_of_same_size_copy", math.nan))
+
+
 def _of_unpacking(types: Row) -> Iterator[Target]:
     for name, rows in types.items():
         rows = [row for row in rows if "error" not in row]
         if rows:
             yield Target(f"{name}: of copy bandwidth", min(map(of_copy, rows)), at_least=OF_COPY)
+            of_same = min(map(of_same_size_copy, rows))
+            yield Target(f"{name}: of a copy of that size", of_same, at_least=OF_COPY)
         chains = [
             row["triton_times_faster_than_chain"] for row in rows if "triton_times_faster_than_chain" in row
         ]

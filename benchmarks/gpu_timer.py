@@ -28,11 +28,13 @@ class Timer:
     def sets(self, nbytes: int) -> int:
         return max(2, -(-self.working_set_bytes // nbytes))
 
-    def seconds(self, calls: list[Callable[[], object]]) -> float:
+    def seconds(self, calls: list[Callable[[], object]], *, graph: bool = True) -> float:
+        """graph: whether to issue them as one, where the device can."""
         for call in calls:
             call()
         self.synchronize()
-        run = self._graph(calls) if self.device.type == "cuda" else lambda: [call() for call in calls]
+        graph = graph and self.device.type == "cuda"
+        run = self._graph(calls) if graph else lambda: [call() for call in calls]
         taken = []
         for _ in range(self.rounds):
             taken.append(self._once(run))

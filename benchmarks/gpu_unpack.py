@@ -3,6 +3,7 @@ torch operations that other programs use; and one token times a packed weight.""
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,6 +72,7 @@ def measure_type(
     packs = [packed, *(packed.clone() for _ in range(timer.sets(traffic) - 1))]
     outs = [torch.empty(elements, dtype=dtype, device=timer.device) for _ in packs]
     row: dict[str, Any] = {"shape": shape, "bytes": traffic}
+    row["same_size_copy_bytes_per_s"] = small_copy_bytes_per_s(timer, traffic)
 
     def unpack_all(kernel: kernels.Choice) -> list[Callable[[], object]]:
         kernels.choose(kernel)
@@ -80,6 +82,7 @@ def measure_type(
         row[f"{name}_s"] = seconds
         row[f"{name}_bytes_per_s"] = traffic / seconds
         row[f"{name}_of_copy"] = traffic / seconds / copy_bytes_per_s
+        row[f"{name}_of_same_size_copy"] = traffic / seconds / row["same_size_copy_bytes_per_s"]
 
     note("torch", timer.seconds(unpack_all("Torch")))
     if kernels.why_not_triton(timer.device.type) is None and kernels.load(format) is not None:
@@ -101,6 +104,18 @@ def measure_type(
         if "triton_s" in row:
             row["triton_times_faster_than_chain"] = row["chain_s"] / row["triton_s"]
     return row
+
+
+@functools.lru_cache(maxsize=64)
+def small_copy_bytes_per_s(timer: Timer, traffic: int) -> float:
+    """Of copies that read and write so many bytes together: on a fast GPU these take a few microseconds, of
+    which it needs some to begin and to end."""
+    sources = [
+        torch.ones(traffic // 2, dtype=torch.uint8, device=timer.device) for _ in range(timer.sets(traffic))
+    ]
+    pairs = [(source, torch.empty_like(source)) for source in sources]
+    copies = [lambda source=source, target=target: target.copy_(source) for source, target in pairs]
+    return traffic / timer.seconds(copies)
 
 
 def measure_product(

@@ -148,7 +148,7 @@ def largest_error(values: torch.Tensor, expected: torch.Tensor) -> float:
     return float((values.double() - expected).abs().max())
 
 
-@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ2_S", "MXFP4"])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ2_S", "IQ4_XS", "MXFP4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_product_of_few_tokens_is_at_least_as_accurate_as_one_with_the_unpacked_weight(name, dtype):
     generator = torch.Generator().manual_seed(0)
@@ -173,6 +173,24 @@ def test_a_product_of_few_tokens_is_at_least_as_accurate_as_one_with_the_unpacke
         assert largest_error(without_bias, exact - bias.double()) <= 2 * rounding
 
 
+def test_a_product_that_is_wrong_in_one_row_is_left_to_torch(monkeypatch):
+    original = multiply_triton.multiply
+
+    def wrong(kernel, packed, inputs, bias, out, block_elements):
+        original(kernel, packed, inputs, bias, out, block_elements)
+        out[:, 1] = out[:, 0]
+
+    told = []
+    monkeypatch.setattr(kernels, "_given_up", set())
+    monkeypatch.setattr(kernels, "_checked", set())
+    monkeypatch.setattr(kernels, "_listener", told.append)
+    monkeypatch.setattr(multiply_triton, "multiply", wrong)
+    weight = packed_weight("Q5_0", 4, 512)
+    assert multiply.product(weight, torch.ones(1, 512), None) is None
+    assert not multiply.serves(weight, torch.ones(1, 512))
+    assert "Q5_0 in products" in told[0]
+
+
 def test_only_what_a_kernel_can_multiply_is_taken_from_torch():
     weight = packed_weight("Q4_K", 8, 512)
     assert multiply.serves(weight, torch.ones(2, 512))
@@ -193,7 +211,6 @@ def test_only_what_a_kernel_can_multiply_is_taken_from_torch():
 
 @pytest.mark.parametrize("arithmetic", ["exact", "like Forge"])
 def test_a_layer_of_one_token_gives_the_same_bits_resident_and_swapped(arithmetic, monkeypatch):
-    monkeypatch.setattr(multiply_triton, "_ROWS", 64)  # fewer programs, which the interpreter runs one by one
     products = []
     original = kernels.product_with_triton
     monkeypatch.setattr(

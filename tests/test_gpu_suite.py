@@ -129,8 +129,18 @@ def test_the_tables_show_least_and_most_over_shapes_and_nothing_that_is_missing(
 
     assert tables({"dtype": "bfloat16"}, {}) == []
     rows = [
-        {"triton_of_copy": 0.86, "triton_times_faster_than_chain": 5.04, "product": {"fused_of_copy": 0.71}},
-        {"triton_of_copy": 0.93, "triton_times_faster_than_chain": 7.0, "product": {"fused_of_copy": 0.8}},
+        {
+            "triton_of_copy": 0.86,
+            "triton_of_same_size_copy": 0.91,
+            "triton_times_faster_than_chain": 5.04,
+            "product": {"fused_of_copy": 0.71},
+        },
+        {
+            "triton_of_copy": 0.93,
+            "triton_of_same_size_copy": 0.94,
+            "triton_times_faster_than_chain": 7.0,
+            "product": {"fused_of_copy": 0.8},
+        },
         {"error": "out of device memory"},
     ]
     card = {"stands_for": "stands for a card of 6 GB", "case": "1024 x 1024", "link_bytes_per_s": 12e9}
@@ -144,7 +154,7 @@ def test_the_tables_show_least_and_most_over_shapes_and_nothing_that_is_missing(
     }
     steps = {"cases": [card | {"rows": [dense, {"system": "mmgp", "error": "no"}]}]}
     lines = tables({"dtype": "bfloat16", "unpack": {"types": {"Q4_K": rows}}}, steps)
-    assert "| Q4_K | 86% to 93% | 5.0 to 7.0 | 71% to 80% |" in lines
+    assert "| Q4_K | 86% to 93% | 91% to 94% | 5.0 to 7.0 | 71% to 80% |" in lines
     assert "Steps at 1024 x 1024; stands for a card of 6 GB (link 12.0 GB/s):" in lines
     assert "| dense bfloat16 |  | 1.000 s |  |  | 24.00 GB | 0 MB |  |" in lines
     assert "| mmgp |  | no | | | | | |" in lines
@@ -250,12 +260,14 @@ def test_targets_take_the_worst_shape_and_know_which_way_is_better():
     from gpu_targets import targets
 
     product = {"fused_of_copy": 0.75}
+    same = {"triton_of_same_size_copy": 0.95}
     suite = {
         "unpack": {
             "types": {
                 "Q4_K": [
-                    {"triton_of_copy": 0.9, "torch_of_copy": 0.1, "triton_times_faster_than_chain": 5.0},
-                    {"triton_of_copy": 0.8, "torch_of_copy": 0.1, "product": product},
+                    {"triton_of_copy": 0.9, "torch_of_copy": 0.1, "triton_times_faster_than_chain": 5.0}
+                    | same,
+                    {"triton_of_copy": 0.8, "torch_of_copy": 0.1, "product": product} | same,
                     {"error": "out of device memory"},
                 ]
             }
@@ -272,6 +284,7 @@ def test_targets_take_the_worst_shape_and_know_which_way_is_better():
     found = [(t.what, t.value, t.met) for t in targets(suite, {"cases": [case | {"rows": rows}]})]
     assert found == [
         ("Q4_K: of copy bandwidth", 0.8, False),
+        ("Q4_K: of a copy of that size", 0.95, True),
         ("Q4_K: times the torch chain", 5.0, True),
         ("Q4_K: one token, of copy bandwidth", 0.75, True),
         ("1024 x 1024: all resident over dense bfloat16", 1.04, True),

@@ -11,25 +11,32 @@ import torch
 
 from lib_qswap.quant import kernels
 from lib_qswap.quant.formats import FORMATS
-from lib_qswap.quant.unpack import unpack
+from lib_qswap.quant.unpack import unpack, unpack_with_torch
 
 Q4_K = FORMATS["Q4_K"]
 
 
 class FakeKernel:
-    """Stands in for a Triton kernel, on the CPU."""
+    """Stands in for a Triton kernel, on the CPU.
+
+    calls: after the first, by which it is checked. wrong: where its values are 1 too much.
+    """
 
     alignment = 4
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
-        self.calls = 0
+    def __init__(self, error: Exception | None = None, wrong: slice = slice(0)) -> None:
+        self.error, self.wrong = error, wrong
+        self.calls = -1
 
     def unpack(self, packed, out, block_elements):
         self.calls += 1
         if self.error is not None:
             raise self.error
-        out.fill_(self.calls)
+        block_bytes = packed.numel() * block_elements // out.numel()
+        sizes = (block_elements, block_bytes)
+        format = next(row for row in FORMATS.values() if (row.block_elements, row.block_bytes) == sizes)
+        unpack_with_torch(format, packed, out)
+        out.view(-1)[self.wrong] += 1
 
 
 @pytest.fixture
@@ -38,6 +45,7 @@ def told(monkeypatch):
     messages = []
     monkeypatch.setattr(kernels, "_choice", "Auto")
     monkeypatch.setattr(kernels, "_given_up", set())
+    monkeypatch.setattr(kernels, "_checked", set())
     monkeypatch.setattr(kernels, "_listener", messages.append)
     kernels._say_once.cache_clear()
     yield messages
@@ -65,11 +73,24 @@ def unpacked(**how):
 
 
 def test_triton_unpacks_where_it_serves_the_device(served):
-    served(FakeKernel())
-    assert (unpacked() == 1).all()
+    kernel = served(FakeKernel())
+    unpacked()
+    assert kernel.calls == 1
     assert kernels.in_use("cpu") == "Triton"
     kernels.choose("Triton")
-    assert (unpacked() == 2).all()
+    unpacked()
+    assert kernel.calls == 2
+
+
+@pytest.mark.parametrize("wrong", [slice(0, 1), slice(-1, None)], ids=["the first", "the last"])
+def test_a_kernel_with_one_wrong_value_is_not_used(told, served, wrong):
+    kernel = served(FakeKernel(wrong=wrong))
+    expected = unpack_with_torch(Q4_K, some_blocks(), torch.empty(8, 256, dtype=torch.float16))
+    for _ in range(2):
+        assert torch.equal(unpacked(), expected)
+    assert kernel.calls == 0
+    assert len(told) == 1
+    assert "its values are not those of PyTorch's operations" in told[0]
 
 
 def test_torch_unpacks_where_the_user_chose_it(served):
@@ -77,30 +98,30 @@ def test_torch_unpacks_where_the_user_chose_it(served):
     kernels.choose("Torch")
     assert unpacked().unique().numel() > 2
     assert kernels.in_use("cpu") == "Torch"
-    assert kernel.calls == 0
+    assert kernel.calls == -1
 
 
 def test_forges_order_of_operations_is_torchs_alone(served):
     kernel = served(FakeKernel())
     unpacked(arithmetic="like Forge")
-    assert kernel.calls == 0
+    assert kernel.calls == -1
 
 
 def test_a_kernel_that_fails_is_replaced_for_good_with_one_message(told, served):
     kernel = served(FakeKernel(RuntimeError("no C compiler\nand a traceback")))
     for _ in range(3):
         assert unpacked().unique().numel() > 2
-    assert kernel.calls == 1
+    assert kernel.calls == 0
     assert len(told) == 1
     assert "Q4_K" in told[0]
     assert "RuntimeError: no C compiler" in told[0]
     assert "traceback" not in told[0]
     assert kernels.in_use("cpu") == "Triton, Torch for Q4_K"
     # Others go on.
-    served(FakeKernel())
+    other = served(FakeKernel())
     q8_0 = FORMATS["Q8_0"]
-    blocks = torch.from_numpy(ggml_blocks.random_blocks(q8_0, 8, "ordinary"))
-    assert (unpack(q8_0, blocks, torch.empty(8, 32)) == 1).all()
+    unpack(q8_0, torch.from_numpy(ggml_blocks.random_blocks(q8_0, 8, "ordinary")), torch.empty(8, 32))
+    assert other.calls == 1
 
 
 def test_a_kernel_whose_module_cannot_be_imported_is_replaced_as_well(told, served, monkeypatch):

@@ -1,4 +1,4 @@
-"""Reading into staging: the right bytes, and a second thread only where it pays."""
+"""Reading into staging: the right bytes, and more threads only where they pay."""
 
 from __future__ import annotations
 
@@ -23,23 +23,21 @@ class Clock:
 
 
 class Source:
-    """Random bytes that take their time on `clock`, where two threads take no longer than one; `serial`: a
-    disk that does one thing after the other."""
+    """Random bytes that take their time on `clock`, in which up to `parallel` threads share."""
 
-    def __init__(self, clock, *, serial=False, fails_from=None):
+    def __init__(self, clock, *, parallel=8, fails_from=None):
         self.data = torch.randint(0, 256, (PIECE_BYTES + 12345,), dtype=torch.uint8)
-        self.clock, self.serial, self.fails_from = clock, serial, fails_from
-        self.reader = threading.get_ident()
+        self.clock, self.parallel, self.fails_from = clock, parallel, fails_from
+        self.at_once = 1
         self.lock = threading.Lock()
         self.threads = set()
 
     def read_into(self, destination, start_byte):
-        self.threads.add(threading.get_ident())
+        with self.lock:
+            self.threads.add(threading.get_ident())
+            self.clock.now_s += destination.numel() * SECONDS_PER_BYTE / min(self.at_once, self.parallel)
         if self.fails_from is not None and start_byte >= self.fails_from:
             raise OSError("the disk is gone")
-        if self.serial or threading.get_ident() == self.reader:
-            with self.lock:
-                self.clock.now_s += destination.numel() * SECONDS_PER_BYTE
         destination.copy_(self.data[start_byte : start_byte + destination.numel()])
 
 
@@ -67,36 +65,51 @@ def make(monkeypatch, clock):
 
 def read(one, source, pieces, idle_s=0.0):
     for i in range(pieces):
-        start, size = i, PIECE_BYTES - 3 * i
+        start, size = i % 100, PIECE_BYTES - 3 * (i % 100)
         out = torch.zeros(size, dtype=torch.uint8)
+        source.at_once = one.threads
         one.read(source, out, start)
         assert torch.equal(out, source.data[start : start + size])
         source.clock.now_s += idle_s
 
 
-def test_a_second_thread_is_kept_where_it_is_faster(make, clock):
-    one, source = make(), Source(clock)
-    read(one, source, 40)
-    assert one.threads == 2
-    assert len(source.threads) == 2
+@pytest.mark.parametrize(("parallel", "cores", "kept"), [(8, 8, 4), (2, 8, 2), (8, 4, 2), (8, 64, 4)])
+def test_as_many_threads_are_kept_as_are_faster_and_have_cores(make, clock, parallel, cores, kept):
+    one, source = make(cores), Source(clock, parallel=parallel)
+    read(one, source, 60)
+    assert one.threads == kept
+    source.threads.clear()
+    read(one, source, 4)
+    assert len(source.threads) == kept
 
 
-def test_a_second_thread_is_given_up_where_it_is_not(make, clock):
-    one, source = make(), Source(clock, serial=True)
+def test_more_threads_are_given_up_where_they_are_not_faster(make, clock):
+    one, source = make(), Source(clock, parallel=1)
     read(one, source, 40)
     assert one.threads == 1
     source.threads.clear()
     read(one, source, 20)
-    assert len(source.threads) == 1, "once is enough"
+    assert len(source.threads) == 1, "once is enough for a while"
 
 
-def test_no_second_thread_is_tried_where_something_else_takes_long(make, clock):
+def test_what_was_given_up_is_tried_again_after_a_while(make, clock, monkeypatch):
+    monkeypatch.setattr(reader, "AGAIN_BYTES", 100 * PIECE_BYTES)
+    one, source = make(), Source(clock, parallel=1)
+    read(one, source, 40)
+    source.parallel = 2
+    read(one, source, 60)
+    assert one.threads == 1
+    read(one, source, 80)
+    assert one.threads == 2
+
+
+def test_no_other_thread_is_tried_where_something_else_takes_long(make, clock):
     one, source = make(), Source(clock)
     read(one, source, 40, idle_s=1e-3)
     assert len(source.threads) == 1
 
 
-def test_no_second_thread_is_tried_without_a_core_to_spare(make, clock):
+def test_no_other_thread_is_tried_without_cores_to_spare(make, clock):
     one, source = make(cores=2), Source(clock)
     read(one, source, 40)
     assert len(source.threads) == 1
@@ -104,7 +117,7 @@ def test_no_second_thread_is_tried_without_a_core_to_spare(make, clock):
 
 def test_small_pieces_are_read_by_one_thread(make, clock):
     one, source = make(), Source(clock)
-    read(one, source, 40)
+    read(one, source, 60)
     source.threads.clear()
     out = torch.zeros(5000, dtype=torch.uint8)
     one.read(source, out, 7)
@@ -112,10 +125,20 @@ def test_small_pieces_are_read_by_one_thread(make, clock):
     assert len(source.threads) == 1
 
 
-@pytest.mark.parametrize("fails_from", [0, PIECE_BYTES // 4], ids=["both", "the second"])
-def test_what_fails_in_either_thread_is_an_error_and_the_next_read_works(make, clock, fails_from):
+def test_a_closed_reader_has_no_other_threads_and_finds_its_number_anew(make, clock):
     one, source = make(), Source(clock)
-    read(one, source, 40)
+    read(one, source, 60)
+    one.close()
+    assert one.threads == 1
+    assert not any(thread.name == "qswap-reader" for thread in threading.enumerate())
+    read(one, source, 60)
+    assert one.threads == 4
+
+
+@pytest.mark.parametrize("fails_from", [0, PIECE_BYTES // 4], ids=["all", "all but the first"])
+def test_what_fails_in_any_thread_is_an_error_and_the_next_read_works(make, clock, fails_from):
+    one, source = make(), Source(clock)
+    read(one, source, 60)
     broken = Source(clock, fails_from=fails_from)
     with pytest.raises(OSError, match="the disk is gone"):
         one.read(broken, torch.zeros(PIECE_BYTES, dtype=torch.uint8), 0)

@@ -1,7 +1,8 @@
 """Which kernel unpacks: Triton's where it can, torch's own operations everywhere else.
 
 Both unpack to the same bits. Triton is optional and imported when the first weight on a device that it serves
-is unpacked. A type whose kernel does not compile or start there is left to torch from then on.
+is unpacked. A type whose kernel does not compile or start there, or whose values `kernel_check` finds wrong,
+is left to torch from then on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from . import kernel_check
+
 if TYPE_CHECKING:
     from .formats import Format
 
@@ -31,6 +34,7 @@ _PRODUCT = "{} in products"
 
 _choice: Choice = "Auto"
 _given_up: set[tuple[str, str]] = set()
+_checked: set[tuple[object, ...]] = set()
 _listener: Callable[[str], None] = logging.getLogger("qswap").warning
 
 
@@ -80,6 +84,10 @@ def unpack_with_triton(format: Format, packed: Tensor, out: Tensor) -> bool:
     if not out.numel():
         return True
     try:
+        key = (format.name, out.device, out.dtype)
+        if key not in _checked:
+            kernel_check.check_unpack(kernel, format, out.device, out.dtype)
+            _checked.add(key)
         kernel.unpack(packed, out, format.block_elements)
     except Exception as error:  # of the compiler, the C compiler, the driver: each has its own
         _give_up(format.name, out.device.type, error)
@@ -99,6 +107,10 @@ def product_with_triton(
     try:
         from .multiply_triton import multiply
 
+        key = (format.name, out.device, out.dtype, len(out), bias is not None and bias.dtype)
+        if key not in _checked:
+            kernel_check.check_product(kernel, format, inputs, bias)
+            _checked.add(key)
         multiply(kernel, packed, inputs, bias, out, format.block_elements)
     except Exception as error:
         _give_up(_PRODUCT.format(format.name), inputs.device.type, error)

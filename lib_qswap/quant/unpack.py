@@ -63,8 +63,27 @@ def unpack(
     function, rounding = _choose(format, arithmetic, computation_dtype)
     # The bytes of a plain type are its values: torch's copy is one kernel already.
     exact = function is format.unpack and format.dtype is None
-    if exact and kernels.unpack_with_triton(format, packed, out):
-        return out
+    if not (exact and kernels.unpack_with_triton(format, packed, out)):
+        _with_torch(format, packed, out, function, rounding, exact)
+    return out
+
+
+def unpack_with_torch(format: Format, packed: Tensor, out: Tensor) -> Tensor:
+    """The same in exact arithmetic, by torch's operations alone; of a type that is unpacked in blocks."""
+    assert format.unpack is not None
+    _with_torch(format, packed, out, format.unpack, None, exact=True)
+    return out
+
+
+def _with_torch(
+    format: Format,
+    packed: Tensor,
+    out: Tensor,
+    function: UnpackFunction,
+    rounding: torch.dtype | None,
+    exact: bool,
+) -> None:
+    """exact: whether `function` is the format's own, and the format one of blocks."""
     # Most operations here are short, and cheaper in inference mode; `out` may come from either mode.
     with torch.inference_mode():
         blocks = packed.view(-1, format.block_bytes)
@@ -76,7 +95,6 @@ def unpack(
             done = unpack_cpu.unpack_whole_chunks(kind, blocks, values, chunk_elements)
             blocks, values = blocks[done:], values[done:]
         _in_chunks(function, blocks, values, rounding, direct=format.dtype is not None)
-    return out
 
 
 def _check(format: Format, packed: Tensor, out: Tensor) -> None:

@@ -26,9 +26,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A program's: 8 elements for each store of 16 bytes, 4 stores for each of 128 threads.
-_TILE_ELEMENTS = 4096
-_WARPS = 4
 PARTS: Any = None  # the function of a type, in the globals that `compiled` makes
 OFFSETS: Any = None  # its `Kernel.offsets`, likewise
 # The interpreter cuts off what a conversion to bf16 should round.
@@ -125,7 +122,7 @@ class Kernel:
 
     parts: the decorated function. offsets: 0 where it returns none, 1 where they are added, -1 where they are
     taken off. launch: `_unpack` with it. alignment: of the packed bytes' address, in bytes. table: made once
-    for each device.
+    for each device. tile_elements, warps: of a program; they are what measured best.
     """
 
     parts: Any
@@ -133,11 +130,13 @@ class Kernel:
     launch: Any
     alignment: int
     table: Callable[[torch.device], Tensor] | None
+    tile_elements: int
+    warps: int
 
     def unpack(self, packed: Tensor, out: Tensor, block_elements: int) -> None:
         """packed: uint8, whole blocks, one or more; out: fp32, fp16 or bf16; contiguous, on one device."""
         count = out.numel() // block_elements
-        tile = _TILE_ELEMENTS // block_elements
+        tile = self.tile_elements // block_elements
         table = None if self.table is None else self.table(out.device)
         with on_device(out.device):
             self.launch[(triton.cdiv(count, tile),)](
@@ -148,20 +147,26 @@ class Kernel:
                 BLOCK_BYTES=packed.numel() // count,
                 BLOCK_ELEMENTS=block_elements,
                 TILE=tile,
-                num_warps=_WARPS,
+                num_warps=self.warps,
                 # A product and a sum are two roundings, as everywhere else.
                 enable_fp_fusion=False,
             )
 
 
 def kernel(
-    *, alignment: int = 1, offsets: int = 0, table: Callable[[torch.device], Tensor] | None = None
+    *,
+    alignment: int = 1,
+    offsets: int = 0,
+    table: Callable[[torch.device], Tensor] | None = None,
+    tile_elements: int = 2048,
+    warps: int = 2,
 ) -> Callable[[Callable[..., Any]], Kernel]:
-    """Decorates the function of one type (see above)."""
+    """Decorates the function of one type (see above and `Kernel`)."""
 
     def decorate(function: Callable[..., Any]) -> Kernel:
         parts = triton.jit(function)
-        return Kernel(parts, offsets, compiled(_unpack, parts, offsets, ["count"]), alignment, table)
+        launch = compiled(_unpack, parts, offsets, ["count"])
+        return Kernel(parts, offsets, launch, alignment, table, tile_elements, warps)
 
     return decorate
 

@@ -46,7 +46,7 @@ def Q5_K(packed, table, blocks, TILE: tl.constexpr):
     return tl.reshape(q, (TILE, 8, 32)), scales, minima
 
 
-@kernel(alignment=2)
+@kernel(alignment=2, tile_elements=1024)
 def Q6_K(packed, table, blocks, TILE: tl.constexpr):
     start = packed.to(tl.pointer_type(tl.uint16)) + blocks * 105
     small = signed(tl.load(packed + (blocks * 210)[:, None] + 192 + tl.arange(0, 16)[None, :]))

@@ -50,7 +50,7 @@ def measure(
     it does not fit. `on_progress` is called with the share of the rows that are done.
 
     A row has the step, its bound, max(compute, swapped bytes / bandwidth), and how many times the bound the
-    step took; the bandwidth is the link's, or what one thread reads from the home where that is less. Its
+    step took; the bandwidth is the link's, or what is read from the home where that is less. Its
     bytes are the device's peak, what is page-locked, and by how much the process's RAM has grown since before
     the model was opened; None where that is not known. A row without room for its budget has "out_of_memory"
     instead.
@@ -119,6 +119,7 @@ class _Bench:
         except OutOfMemoryError:
             return row | {"out_of_memory": True}
         model = self.host.snapshot()["models"][-1]
+        attachment = ledger.attachments()[-1]
         ram = rss_bytes()
         return row | {
             "budget_bytes": summary.budget_bytes,
@@ -131,5 +132,5 @@ class _Bench:
             "rss_bytes": None if ram is None or self.ram_before is None else ram - self.ram_before,
             "output_sha256": summary.output_sha256,
             "link_bytes_per_s": model["step"]["link_bytes_per_s"],
-            "home_bytes_per_s": read_bytes_per_s(ledger.attachments()[-1].layers),
+            "home_bytes_per_s": read_bytes_per_s(attachment.layers, attachment.state.copier.reader.threads),
         }

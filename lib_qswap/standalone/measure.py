@@ -16,11 +16,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.swap.copier import STAGING_BUFFER_BYTES
+from lib_qswap.swap.reader import Reader
 
 if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer
 
-_READ_BYTES = 8 << 20
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
@@ -104,14 +105,17 @@ def reset_peak_device_bytes(device: torch.device) -> None:
         reset()
 
 
-def read_bytes_per_s(layers: Sequence[Layer]) -> float | None:
-    """How fast one thread reads the masters of `layers` into a small buffer; None where the device reads all
-    of them by itself, from page-locked memory."""
+def read_bytes_per_s(layers: Sequence[Layer], threads: int = 1) -> float | None:
+    """How fast so many threads read the masters of `layers` into a small buffer; None where the device reads
+    all of them by itself, from page-locked memory."""
     if all(layer.home.page_locked for layer in layers):
         return None
-    buffer = torch.empty(_READ_BYTES, dtype=torch.uint8)
+    buffer = torch.empty(STAGING_BUFFER_BYTES, dtype=torch.uint8)
+    reader = Reader(threads=threads)
     begun = time.perf_counter()
     for layer in layers:
-        for start in range(0, layer.payload_bytes, _READ_BYTES):
-            layer.home.read_into(buffer[: layer.payload_bytes - start], start)
-    return sum(layer.payload_bytes for layer in layers) / (time.perf_counter() - begun)
+        for start in range(0, layer.payload_bytes, buffer.numel()):
+            reader.read(layer.home, buffer[: layer.payload_bytes - start], start)
+    taken_s = time.perf_counter() - begun
+    reader.close()
+    return sum(layer.payload_bytes for layer in layers) / taken_s

@@ -99,7 +99,11 @@ class Transfer:
 
 
 class Copier:
-    """Carries out transfers on one device, in the order in which they are submitted."""
+    """Carries out transfers on one device, in the order in which they are submitted.
+
+    Attributes:
+        reader: of the worker thread.
+    """
 
     def __init__(self, device: Device, pin_budget: PinBudget) -> None:
         self._device = device
@@ -107,7 +111,7 @@ class Copier:
         self.stream = device.new_stream()
         self.h2d_bytes = 0
         self.staging_locked_bytes = 0
-        self._reader = Reader()
+        self.reader = Reader()
         self._staging: list[tuple[torch.Tensor, Any]] = []
         self._next_staging = 0
         self._queue: queue.SimpleQueue[Transfer | threading.Event | None] | None = None
@@ -140,7 +144,7 @@ class Copier:
             self._queue.put(None)
             self._thread.join()
             self._thread, self._queue = None, None
-            self._reader.close()
+            self.reader.close()
             for _, free in self._staging:
                 free.synchronize()
             self._staging = []
@@ -229,7 +233,7 @@ class Copier:
                 buffer, free = self._staging[self._next_staging]
                 self._next_staging = (self._next_staging + 1) % len(self._staging)
                 free.synchronize()
-                self._reader.read(home, buffer[: piece.numel()], start)
+                self.reader.read(home, buffer[: piece.numel()], start)
                 piece.copy_(buffer[: piece.numel()], non_blocking=True)
                 self._device.record(free, self.stream)
         elif home.payload is not None:

@@ -1,7 +1,8 @@
-"""Reading masters into staging: on one thread, or on two where that was measured to be faster.
+"""Reading masters into staging: on one thread, or on as many as were measured to be faster.
 
-One thread copies RAM at about 10 GB/s, which a PCIe 4 link outruns. A second one brings more only where the
-memory, or the disk, has it to give, and where a core is idle; so it is tried, and kept if it pays.
+One thread copies RAM at about 10 GB/s, which a PCIe 4 link outruns. More threads bring more only where the
+memory, or the disk, has it to give, and where cores are idle; so twice as many are tried, and kept if that
+pays.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ import torch
 TRIAL_BYTES = 256 << 20
 """Read each way before they are compared."""
 
+AGAIN_BYTES = 32 << 30
+"""Read before more threads are tried once more: a file may have been on its way into the cache."""
+
 WORTH = 1.25
-"""How many times faster two threads have to be to be kept."""
+"""How many times faster twice as many threads have to be to be kept."""
 
 BUSY = 0.8
-"""A second thread is tried only where the first one reads for this share of the time: else it is the link, or
-the computation, that takes long."""
+"""More threads are tried only where reading takes this share of the time: else it is the link, or the
+computation, that takes long."""
 
-SPARE_CORES_FROM = 4
+CORES_PER_THREAD = 2
+MOST_THREADS = 4
+LEAST_BYTES = 256 << 10
+"""For one thread: handing less to another takes as long as reading it."""
 PAGE_BYTES = 4096
 
 
@@ -39,15 +46,18 @@ class Reader:
     """Fills staging buffers; called by one thread.
 
     Attributes:
-        threads: that read now, 1 or 2.
+        threads: that read now, the caller's among them: 1, 2 or 4.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.threads = 1
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, *, threads: int | None = None) -> None:
+        """threads: how many it always has; None: as many as are found to be fastest."""
+        self.threads = threads or 1
         self._clock = clock
-        self._second: SecondThread | None = None
-        self._tried = available_cores() < SPARE_CORES_FROM
-        self._rate_of_one: float | None = None
+        self._others: list[OtherThread] = []
+        self._most = 1 if threads else min(MOST_THREADS, available_cores() // CORES_PER_THREAD)
+        self._measuring = self._most > 1
+        self._since_trial = 0
+        self._rate_of_fewer: float | None = None
         self._restart()
 
     def _restart(self) -> None:
@@ -59,49 +69,61 @@ class Reader:
         Raises:
             OSError, GGUFError: the file can no longer be read.
         """
-        if self._tried and self.threads == 1:
-            source.read_into(destination, start_byte)
-            return
         begun = self._clock()
-        half = destination.numel() // 2 // PAGE_BYTES * PAGE_BYTES
-        if self.threads == 1 or not half:
-            source.read_into(destination, start_byte)
-        else:
-            if self._second is None:
-                self._second = SecondThread()
-            self._second.begin(source, destination[half:], start_byte + half)
-            try:
-                source.read_into(destination[:half], start_byte)
-            finally:
-                error = self._second.finish()
+        nbytes = destination.numel()
+        threads = max(1, min(self.threads, nbytes // LEAST_BYTES))
+        each = -(-nbytes // threads // PAGE_BYTES) * PAGE_BYTES
+        pieces = [(start, destination[start : start + each]) for start in range(0, nbytes, each)]
+        while len(self._others) < len(pieces) - 1:
+            self._others.append(OtherThread())
+        others = self._others[: len(pieces) - 1]
+        for other, (start, piece) in zip(others, pieces[1:], strict=True):
+            other.begin(source, piece, start_byte + start)
+        try:
+            source.read_into(pieces[0][1], start_byte)
+        finally:
+            errors = [other.finish() for other in others]
+        for error in errors:
             if error is not None:
                 raise error
-        if not self._tried:
+        if self._measuring:
             self._reading_s += self._clock() - begun
-            self._nbytes += destination.numel()
+            self._nbytes += nbytes
             if self._nbytes >= TRIAL_BYTES:
                 self._judge()
+        elif self._most > 1:
+            self._since_trial += nbytes
+            if self._since_trial >= AGAIN_BYTES:
+                self._measuring, self._since_trial = True, 0
+                self._restart()
 
     def _judge(self) -> None:
         rate = self._nbytes / self._reading_s
-        if self.threads == 2:
-            assert self._rate_of_one is not None
-            self._tried = True
-            if rate < WORTH * self._rate_of_one:
-                self.close()
+        fewer, self._rate_of_fewer = self._rate_of_fewer, None
+        if fewer is not None and rate < WORTH * fewer:
+            self._use(self.threads // 2)
+            self._measuring = False
+        elif self.threads == self._most:
+            self._measuring = False
         elif self._reading_s >= BUSY * (self._clock() - self._begun):
-            self._rate_of_one, self.threads = rate, 2
+            self._rate_of_fewer = rate
+            self._use(self.threads * 2)
         self._restart()
 
+    def _use(self, threads: int) -> None:
+        self.threads = threads
+        for other in self._others[threads - 1 :]:
+            other.end()
+        del self._others[threads - 1 :]
+
     def close(self) -> None:
-        """Ends the second thread, if any."""
-        self.threads = 1
-        if self._second is not None:
-            self._second.end()
-            self._second = None
+        """Ends the other threads, if any."""
+        self._use(1)
+        self._measuring, self._rate_of_fewer = self._most > 1, None
+        self._restart()
 
 
-class SecondThread:
+class OtherThread:
     """Carries out one read at a time beside its caller's."""
 
     def __init__(self) -> None:

@@ -1,0 +1,81 @@
+"""Whether a compiled kernel gives the values of torch's operations, on a few blocks and on the CPU's word.
+
+Compilers have errors: Triton 3.6 made wrong sums of two types in a kernel that every interpreter and every
+other type agreed with. So a kernel is compared before it is used for the first time in a process, for each
+type, dtype and device.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .formats import Format
+
+_ELEMENTS = 3 * 4096
+"""That are unpacked, and three blocks: some programs, the last one not full."""
+
+_ROWS, _ROW_ELEMENTS = 5, 2304
+_LARGEST = 64.0
+"""Value in blocks for products, which stay within fp16."""
+_TOLERANCE = 1e-4
+"""Of the sum of the terms' sizes, beside the rounding of the result."""
+
+
+class WrongValues(RuntimeError):
+    """A kernel's values are not those of torch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__("its values are not those of PyTorch's operations")
+
+
+def check_unpack(kernel: Any, format: Format, device: torch.device, dtype: torch.dtype) -> None:
+    """Compares a `unpack_triton.Kernel`'s values, bit for bit but for what is not a number.
+
+    Raises:
+        WrongValues: they differ.
+    """
+    packed, values = _blocks(format, _ELEMENTS // format.block_elements + 3)
+    out = torch.empty(values.shape, dtype=dtype, device=device)
+    kernel.unpack(packed.to(device), out, format.block_elements)
+    if not torch.allclose(out.cpu(), values.to(dtype), rtol=0, atol=0, equal_nan=True):
+        raise WrongValues
+
+
+def check_product(kernel: Any, format: Format, inputs: Tensor, bias: Tensor | None) -> None:
+    """Compares what `multiply_triton` makes of inputs and a bias like these.
+
+    Raises:
+        WrongValues: the results differ by more than rounding.
+    """
+    from .multiply_triton import multiply
+
+    count = _ROWS * _ROW_ELEMENTS // format.block_elements
+    packed, values = _blocks(format, 32 * count)
+    usable = (values.abs().amax(1) < _LARGEST).nonzero().flatten()
+    packed, weight = packed[usable[:count]], values[usable[:count]].view(_ROWS, _ROW_ELEMENTS).double()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((len(inputs), _ROW_ELEMENTS), generator=generator).to(inputs.dtype)
+    out = inputs.new_empty((len(inputs), _ROWS))
+    added = None if bias is None else bias.new_zeros(_ROWS)
+    multiply(kernel, packed.to(inputs.device), x.to(inputs.device), added, out, format.block_elements)
+    exact = torch.nn.functional.linear(x.double(), weight)
+    sizes = torch.nn.functional.linear(x.double().abs(), weight.abs())
+    allowed = _TOLERANCE * sizes + torch.finfo(inputs.dtype).eps * exact.abs()
+    if not bool(((out.cpu().double() - exact).abs() <= allowed).all()):
+        raise WrongValues
+
+
+@lru_cache(maxsize=2)
+def _blocks(format: Format, count: int) -> tuple[Tensor, Tensor]:
+    """Random bytes, uint8 (count, block bytes), which are valid blocks of every type, and the fp32 values
+    (count, block elements) that torch unpacks them to."""
+    from .unpack import unpack_with_torch
+
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(0, 256, (count, format.block_bytes), dtype=torch.uint8, generator=generator)
+    return packed, unpack_with_torch(format, packed, torch.empty(count, format.block_elements))
