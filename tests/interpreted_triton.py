@@ -9,7 +9,7 @@ import torch
 from lib_qswap.quant import kernels, multiply, multiply_triton
 from lib_qswap.quant.formats import FORMATS
 from lib_qswap.quant.packed import PackedTensor
-from lib_qswap.quant.unpack import unpack
+from lib_qswap.quant.unpack import unpack, unpack_with_torch
 from lib_qswap.swap.manager import attach
 
 BLOCK_TYPES = [
@@ -64,6 +64,24 @@ def test_values_are_those_of_torch_bit_for_bit_in_every_dtype(format, scales):
         assert_same_bits(by_triton(format, packed, dtype), by_torch(format, packed, dtype))
 
 
+@pytest.mark.parametrize(
+    "format", [row for row in BLOCK_TYPES if row.unpack_like_forge], ids=lambda row: row.name
+)
+@pytest.mark.parametrize("scales", ["any", "ordinary", "edge"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_values_in_forges_arithmetic_are_those_of_torch_bit_for_bit(format, scales, dtype):
+    packed = torch.from_numpy(ggml_blocks.random_blocks(format, 14 * 14 + 3, scales, seed=1))
+    for out_dtype in BITS:
+        values = torch.empty(len(packed), format.block_elements, dtype=out_dtype)
+        assert kernels.unpack_with_triton(format, packed, values, dtype)
+        expected = unpack_with_torch(format, packed, torch.empty_like(values), dtype)
+        # Bits of what is not a number are nobody's.
+        bits = BITS[out_dtype]
+        same = (values.view(bits) == expected.view(bits)) | (values.isnan() & expected.isnan())
+        assert same.all()
+
+
 @EVERY_TYPE
 def test_any_number_of_blocks_is_unpacked_and_nothing_else_is_written(format):
     tile = TILE_ELEMENTS // format.block_elements
@@ -104,8 +122,8 @@ def launches(monkeypatch):
     names = []
     original = kernels.unpack_with_triton
 
-    def counted(format, packed, out):
-        done = original(format, packed, out)
+    def counted(format, packed, out, dtype=torch.float32):
+        done = original(format, packed, out, dtype)
         names.extend([format.name] * done)
         return done
 
@@ -113,19 +131,20 @@ def launches(monkeypatch):
     return names
 
 
-def test_unpack_takes_triton_for_exact_arithmetic_and_torch_for_forges(launches):
+def test_unpack_takes_triton_for_both_arithmetics_unless_torch_was_chosen(launches):
     format = FORMATS["Q4_K"]
     packed = torch.from_numpy(ggml_blocks.random_blocks(format, 5, "ordinary"))
     out = torch.empty(5, 256, dtype=torch.float16)
     unpack(format, packed, out)
     assert launches == ["Q4_K"]
     unpack(format, packed, out, arithmetic="like Forge")
+    assert launches == ["Q4_K", "Q4_K"]
     kernels.choose("Torch")
     unpack(format, packed, out)
-    assert launches == ["Q4_K"]
+    assert launches == ["Q4_K", "Q4_K"]
     kernels.choose("Auto")
     unpack(format, packed, out)
-    assert launches == ["Q4_K", "Q4_K"]
+    assert launches == ["Q4_K", "Q4_K", "Q4_K"]
 
 
 def test_blocks_at_an_address_that_a_kernel_cannot_read_are_unpacked_by_torch(launches):

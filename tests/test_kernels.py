@@ -28,14 +28,14 @@ class FakeKernel:
         self.error, self.wrong = error, wrong
         self.calls = -1
 
-    def unpack(self, packed, out, block_elements):
+    def unpack(self, packed, out, block_elements, dtype):
         self.calls += 1
         if self.error is not None:
             raise self.error
         block_bytes = packed.numel() * block_elements // out.numel()
         sizes = (block_elements, block_bytes)
         format = next(row for row in FORMATS.values() if (row.block_elements, row.block_bytes) == sizes)
-        unpack_with_torch(format, packed, out)
+        unpack_with_torch(format, packed, out, dtype)
         out.view(-1)[self.wrong] += 1
 
 
@@ -85,7 +85,7 @@ def test_triton_unpacks_where_it_serves_the_device(served):
 @pytest.mark.parametrize("wrong", [slice(0, 1), slice(-1, None)], ids=["the first", "the last"])
 def test_a_kernel_with_one_wrong_value_is_not_used(told, served, wrong):
     kernel = served(FakeKernel(wrong=wrong))
-    expected = unpack_with_torch(Q4_K, some_blocks(), torch.empty(8, 256, dtype=torch.float16))
+    expected = unpack_with_torch(Q4_K, some_blocks(), torch.empty(8, 256, dtype=torch.float16), torch.float32)
     for _ in range(2):
         assert torch.equal(unpacked(), expected)
     assert kernel.calls == 0
@@ -101,10 +101,11 @@ def test_torch_unpacks_where_the_user_chose_it(served):
     assert kernel.calls == -1
 
 
-def test_forges_order_of_operations_is_torchs_alone(served):
+def test_both_arithmetics_are_the_kernels(served):
     kernel = served(FakeKernel())
-    unpacked(arithmetic="like Forge")
-    assert kernel.calls == -1
+    exact, like_forge = unpacked(), unpacked(arithmetic="like Forge")
+    assert kernel.calls == 1 + 2, "each is checked"
+    assert not torch.equal(exact, like_forge)
 
 
 def test_a_kernel_that_fails_is_replaced_for_good_with_one_message(told, served):

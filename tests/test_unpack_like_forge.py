@@ -39,7 +39,7 @@ SCALES = pytest.mark.parametrize("scales", ["ordinary", "any"])
 def small_chunks(monkeypatch):
     """Chunks of 16 super-blocks, so that a small tensor has several."""
     monkeypatch.setattr(unpacking, "_CPU_CHUNK_ELEMENTS", 4096 // torch.get_num_threads())
-    monkeypatch.setattr(unpacking, "_CHUNK_ELEMENTS", 4096)
+    monkeypatch.setattr(unpacking, "_TEMPORARY_BYTES", 4096 * 2)
 
 
 def unpacked(name, scales, dtype, out_dtype, device="cpu", arithmetic="like Forge") -> torch.Tensor:

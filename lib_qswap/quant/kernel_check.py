@@ -7,7 +7,6 @@ type, dtype and device.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,16 +32,24 @@ class WrongValues(RuntimeError):
         super().__init__("its values are not those of PyTorch's operations")
 
 
-def check_unpack(kernel: Any, format: Format, device: torch.device, dtype: torch.dtype) -> None:
+def check_unpack(
+    kernel: Any, format: Format, device: torch.device, out_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
     """Compares a `unpack_triton.Kernel`'s values, bit for bit but for what is not a number.
+
+    dtype: what Forge's arithmetic computes in; fp32 for exact arithmetic.
 
     Raises:
         WrongValues: they differ.
     """
-    packed, values = _blocks(format, _ELEMENTS // format.block_elements + 3)
-    out = torch.empty(values.shape, dtype=dtype, device=device)
-    kernel.unpack(packed.to(device), out, format.block_elements)
-    if not torch.allclose(out.cpu(), values.to(dtype), rtol=0, atol=0, equal_nan=True):
+    from .unpack import unpack_with_torch
+
+    packed = _blocks(format, _ELEMENTS // format.block_elements + 3)
+    expected = torch.empty((len(packed), format.block_elements), dtype=out_dtype)
+    unpack_with_torch(format, packed, expected, dtype)
+    out = torch.empty_like(expected, device=device)
+    kernel.unpack(packed.to(device), out, format.block_elements, dtype)
+    if not torch.allclose(out.cpu(), expected, rtol=0, atol=0, equal_nan=True):
         raise WrongValues
 
 
@@ -53,9 +60,12 @@ def check_product(kernel: Any, format: Format, inputs: Tensor, bias: Tensor | No
         WrongValues: the results differ by more than rounding.
     """
     from .multiply_triton import multiply
+    from .unpack import unpack_with_torch
 
     count = _ROWS * _ROW_ELEMENTS // format.block_elements
-    packed, values = _blocks(format, 32 * count)
+    packed = _blocks(format, 32 * count)
+    values = torch.empty(len(packed), format.block_elements)
+    unpack_with_torch(format, packed, values, torch.float32)
     usable = (values.abs().amax(1) < _LARGEST).nonzero().flatten()
     packed, weight = packed[usable[:count]], values[usable[:count]].view(_ROWS, _ROW_ELEMENTS).double()
     generator = torch.Generator().manual_seed(1)
@@ -70,12 +80,7 @@ def check_product(kernel: Any, format: Format, inputs: Tensor, bias: Tensor | No
         raise WrongValues
 
 
-@lru_cache(maxsize=2)
-def _blocks(format: Format, count: int) -> tuple[Tensor, Tensor]:
-    """Random bytes, uint8 (count, block bytes), which are valid blocks of every type, and the fp32 values
-    (count, block elements) that torch unpacks them to."""
-    from .unpack import unpack_with_torch
-
+def _blocks(format: Format, count: int) -> Tensor:
+    """Random bytes, uint8 (count, block bytes): valid blocks of every type."""
     generator = torch.Generator().manual_seed(0)
-    packed = torch.randint(0, 256, (count, format.block_bytes), dtype=torch.uint8, generator=generator)
-    return packed, unpack_with_torch(format, packed, torch.empty(count, format.block_elements))
+    return torch.randint(0, 256, (count, format.block_bytes), dtype=torch.uint8, generator=generator)

@@ -76,19 +76,22 @@ def why_not_triton(device_type: str) -> str | None:
     return None
 
 
-def unpack_with_triton(format: Format, packed: Tensor, out: Tensor) -> bool:
-    """Unpack as `unpack.unpack` does in exact arithmetic; False where that is left to torch's operations."""
+def unpack_with_triton(
+    format: Format, packed: Tensor, out: Tensor, dtype: torch.dtype = torch.float32
+) -> bool:
+    """Unpack as `unpack.unpack` does; False where that is left to torch's operations. dtype: what Forge's
+    arithmetic computes in; fp32 for exact arithmetic."""
     kernel = _kernel(format, out.device)
     if kernel is None or packed.data_ptr() % kernel.alignment:
         return False
     if not out.numel():
         return True
     try:
-        key = (format.name, out.device, out.dtype)
+        key = (format.name, out.device, out.dtype, dtype)
         if key not in _checked:
-            kernel_check.check_unpack(kernel, format, out.device, out.dtype)
+            kernel_check.check_unpack(kernel, format, out.device, out.dtype, dtype)
             _checked.add(key)
-        kernel.unpack(packed, out, format.block_elements)
+        kernel.unpack(packed, out, format.block_elements, dtype)
     except Exception as error:  # of the compiler, the C compiler, the driver: each has its own
         _give_up(format.name, out.device.type, error)
         return False

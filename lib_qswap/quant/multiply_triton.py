@@ -83,9 +83,9 @@ def _multiply(
         given = tl.load(inputs + token * row_elements + position, mask=position < row_elements, other=0)
         given = given.to(tl.float32)
         if OFFSETS == 0:
-            numbers, scales = PARTS(packed, table, blocks, STEP)
+            numbers, scales = PARTS(packed, table, blocks, STEP, tl.float32)
         else:
-            numbers, scales, offsets = PARTS(packed, table, blocks, STEP)
+            numbers, scales, offsets = PARTS(packed, table, blocks, STEP, tl.float32)
             sums += tl.sum(given, axis=2) * _of_runs(offsets * OFFSETS, RUNS)[None, :]
         numbers = tl.reshape(numbers, (1, RUNS, 2, 2, 2))
         given = tl.reshape(given, (INPUTS, RUNS, 2, 2, 2))

@@ -33,9 +33,24 @@ _CPU_KINDS: dict[str, Callable[[int], unpack_cpu.ChunkUnpacker]] = {
 
 # For each thread. Smaller chunks spend their time on calls, larger ones on memory outside the caches.
 _CPU_CHUNK_ELEMENTS = 1 << 19
-# For 64 MB. No type takes more than 8 bytes of temporaries for an element on an accelerator, than 14 on a
-# CPU; `unpack_cpu`, which unpacks the scales of several chunks at once, less than 24.
-_CHUNK_ELEMENTS = 1 << 23
+# No type takes more than 14 bytes of temporaries for an element on a CPU; `unpack_cpu`, which unpacks the
+# scales of several chunks at once, less than 24; 8 on an accelerator. There every chunk is some thirty
+# launches, and it pays to have few: these take less, into fp32 2 bytes more.
+_TEMPORARY_BYTES = 64 << 20
+_BYTES_PER_ELEMENT = 8.0
+_FEWER_BYTES_PER_ELEMENT = {
+    "Q4_0": 2.0,
+    "Q4_1": 2.0,
+    "Q5_0": 4.0,
+    "Q5_1": 4.0,
+    "Q8_0": 2.0,
+    "Q2_K": 4.0,
+    "Q3_K": 2.0,
+    "Q4_K": 1.8,
+    "Q5_K": 1.8,
+    "Q6_K": 2.5,
+    "TQ2_0": 2.0,
+}
 _MOST_CPU_CHUNK_ELEMENTS = 1 << 22
 _MOST_CPU_CHUNK_ELEMENTS_OF_K = 1 << 21
 
@@ -62,28 +77,23 @@ def unpack(
     _check(format, packed, out)
     function, rounding = _choose(format, arithmetic, computation_dtype)
     # The bytes of a plain type are its values: torch's copy is one kernel already.
-    exact = function is format.unpack and format.dtype is None
-    if not (exact and kernels.unpack_with_triton(format, packed, out)):
-        _with_torch(format, packed, out, function, rounding, exact)
+    of_blocks = format.dtype is None
+    if not (of_blocks and kernels.unpack_with_triton(format, packed, out, rounding or torch.float32)):
+        _with_torch(format, packed, out, function, rounding)
     return out
 
 
-def unpack_with_torch(format: Format, packed: Tensor, out: Tensor) -> Tensor:
-    """The same in exact arithmetic, by torch's operations alone; of a type that is unpacked in blocks."""
-    assert format.unpack is not None
-    _with_torch(format, packed, out, format.unpack, None, exact=True)
+def unpack_with_torch(format: Format, packed: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same by torch's operations alone. dtype: what Forge's arithmetic computes in; fp32 for exact
+    arithmetic."""
+    _with_torch(format, packed, out, *_choose(format, "like Forge", dtype))
     return out
 
 
 def _with_torch(
-    format: Format,
-    packed: Tensor,
-    out: Tensor,
-    function: UnpackFunction,
-    rounding: torch.dtype | None,
-    exact: bool,
+    format: Format, packed: Tensor, out: Tensor, function: UnpackFunction, rounding: torch.dtype | None
 ) -> None:
-    """exact: whether `function` is the format's own, and the format one of blocks."""
+    exact = function is format.unpack and format.dtype is None
     # Most operations here are short, and cheaper in inference mode; `out` may come from either mode.
     with torch.inference_mode():
         blocks = packed.view(-1, format.block_bytes)
@@ -94,7 +104,7 @@ def _with_torch(
             chunk_elements = min(of_all_threads, _MOST_CPU_CHUNK_ELEMENTS_OF_K)
             done = unpack_cpu.unpack_whole_chunks(kind, blocks, values, chunk_elements)
             blocks, values = blocks[done:], values[done:]
-        _in_chunks(function, blocks, values, rounding, direct=format.dtype is not None)
+        _in_chunks(format, function, blocks, values, rounding)
 
 
 def _check(format: Format, packed: Tensor, out: Tensor) -> None:
@@ -136,16 +146,20 @@ def _in_dtype(function: UnpackLikeForgeFunction, dtype: torch.dtype) -> UnpackFu
 
 
 def _in_chunks(
-    function: UnpackFunction, blocks: Tensor, values: Tensor, rounding: torch.dtype | None, direct: bool
+    format: Format, function: UnpackFunction, blocks: Tensor, values: Tensor, rounding: torch.dtype | None
 ) -> None:
-    """Call `function` for every chunk. `direct`: it may write into `values` itself in any dtype."""
+    """Call `function` for every chunk."""
     on_cpu = values.device.type == "cpu"
+    direct = format.dtype is not None  # It may write into `values` itself in any dtype.
     count, elements = values.shape
-    chunk_elements = _CHUNK_ELEMENTS
     if on_cpu:
         chunk_elements = min(_CPU_CHUNK_ELEMENTS * torch.get_num_threads(), _MOST_CPU_CHUNK_ELEMENTS)
+    else:
+        chunk_elements = _accelerator_chunk_elements(format, values.dtype)
     # Plain types compute in their own width where that is more than fp32's.
     chunk = chunk_elements // (blocks.shape[1] if direct else elements)
+    # Whole granules, which begin where words do.
+    chunk = max(1, chunk // BLOCK_GRANULE) * BLOCK_GRANULE
     # On the CPU planes are written in fp32 and rounded in one contiguous pass: short strided ones are slow.
     written = torch.float32 if on_cpu else rounding or values.dtype
     buffer = None
@@ -171,6 +185,12 @@ def _in_chunks(
         rest = values.new_empty((BLOCK_GRANULE, elements))
         unpack_chunk(padded, rest)
         values[whole:] = rest[: count - whole]
+
+
+def _accelerator_chunk_elements(format: Format, dtype: torch.dtype) -> int:
+    each = _FEWER_BYTES_PER_ELEMENT.get(format.name)
+    each = _BYTES_PER_ELEMENT if each is None else each + dtype.itemsize - 2
+    return int(_TEMPORARY_BYTES / each)
 
 
 def _aligned(blocks: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ A type has one function, decorated with `kernel`, which `unpack_triton_*` hold: 
 some of its blocks. What surrounds it is here. Packed bytes are read once and values written once; nothing is
 allocated and nothing waits for the device.
 
-What holds for every such function, `parts(packed, table, blocks, TILE)`: packed points to uint8, table to the
-type's `table`, if it has one. blocks is int32 (TILE,), the numbers of the blocks to unpack, counted from
-packed; they may come more than once. It returns the numbers, fp32 (TILE, groups, elements of a group), the
-scales, fp32 (TILE, groups), and the offsets of a type that has them. A value is number * scale, its offset
-added or taken off as gguf-py does it. Bytes are taken four at a time, as words, and so are their bits:
-`spread` comes last.
+What holds for every such function, `parts(packed, table, blocks, TILE, DTYPE)`: packed points to uint8, table
+to the type's `table`, if it has one. blocks is int32 (TILE,), the numbers of the blocks to unpack, counted
+from packed; they may come more than once. It returns the numbers, fp32 (TILE, groups, elements of a group),
+the scales, fp32 (TILE, groups), and the offsets of a type that has them. A value is number * scale, with its
+offset added or taken off as gguf-py does it. DTYPE is fp32, or for Forge's arithmetic what a block's
+fp16 scales are rounded to, and then every further result. Bytes are taken four at a time, as words, and so
+are their bits: `spread` comes last.
 """
 
 from __future__ import annotations
@@ -26,16 +27,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 PARTS: Any = None  # the function of a type, in the globals that `compiled` makes
 OFFSETS: Any = None  # its `Kernel.offsets`, likewise
-# The interpreter cuts off what a conversion to bf16 should round.
+# The interpreter cuts off what a conversion to bf16 should round, and small numbers as well.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def half(bits):
-    """uint16 -> the fp16 numbers of these bits, as fp32."""
-    return bits.to(tl.float16, bitcast=True).to(tl.float32)
+def rounded(values, DTYPE: tl.constexpr):
+    """fp32 -> fp32: rounded to DTYPE, to nearest, ties to even."""
+    if DTYPE != tl.float32:  # noqa: SIM300
+        if _INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
+            bits = values.to(tl.uint32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+            values = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
+        else:
+            values = values.to(DTYPE).to(tl.float32)
+    return values
+
+
+@triton.jit
+def half(bits, DTYPE: tl.constexpr):
+    """uint16 -> the fp16 numbers of these bits, rounded to DTYPE, as fp32."""
+    return rounded(bits.to(tl.float16, bitcast=True).to(tl.float32), DTYPE)
 
 
 @triton.jit
@@ -77,16 +92,24 @@ def signed(data):
 
 @triton.jit
 def store(pointers, values):
-    """fp32 values, rounded to nearest, ties to even, where they are to be kept in another dtype."""
+    """fp32 values, rounded where they are to be kept in another dtype."""
+    values = rounded(values, pointers.dtype.element_ty)
     if _INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
-        bits = values.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        values = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    tl.store(pointers, values.to(pointers.dtype.element_ty))
+        bits = (values.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
+        tl.store(pointers, bits.to(tl.bfloat16, bitcast=True))
+    else:
+        tl.store(pointers, values.to(pointers.dtype.element_ty))
 
 
 def _unpack(
-    packed, table, out, count, BLOCK_BYTES: tl.constexpr, BLOCK_ELEMENTS: tl.constexpr, TILE: tl.constexpr
+    packed,
+    table,
+    out,
+    count,
+    BLOCK_BYTES: tl.constexpr,
+    BLOCK_ELEMENTS: tl.constexpr,
+    TILE: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * TILE
     packed += first * BLOCK_BYTES
@@ -94,13 +117,14 @@ def _unpack(
     # What lies past the end does the last block once more, which needs no masks.
     blocks = tl.minimum(tl.arange(0, TILE), (count - 1 - first).to(tl.int32))
     if OFFSETS == 0:
-        numbers, scales = PARTS(packed, table, blocks, TILE)
-        values = numbers * scales[:, :, None]
+        numbers, scales = PARTS(packed, table, blocks, TILE, DTYPE)
+        values = rounded(numbers * rounded(scales, DTYPE)[:, :, None], DTYPE)
     else:
-        numbers, scales, offsets = PARTS(packed, table, blocks, TILE)
-        values = numbers * scales[:, :, None]
+        numbers, scales, offsets = PARTS(packed, table, blocks, TILE, DTYPE)
+        offsets = rounded(offsets, DTYPE)[:, :, None]
+        values = rounded(numbers * rounded(scales, DTYPE)[:, :, None], DTYPE)
         # Adding what is negated would give a NaN another sign.
-        values = values + offsets[:, :, None] if OFFSETS > 0 else values - offsets[:, :, None]
+        values = rounded(values + offsets if OFFSETS > 0 else values - offsets, DTYPE)
     values = tl.reshape(values, (TILE, BLOCK_ELEMENTS))
     store(out + blocks[:, None] * BLOCK_ELEMENTS + tl.arange(0, BLOCK_ELEMENTS)[None, :], values)
 
@@ -133,8 +157,11 @@ class Kernel:
     tile_elements: int
     warps: int
 
-    def unpack(self, packed: Tensor, out: Tensor, block_elements: int) -> None:
-        """packed: uint8, whole blocks, one or more; out: fp32, fp16 or bf16; contiguous, on one device."""
+    def unpack(
+        self, packed: Tensor, out: Tensor, block_elements: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """packed: uint8, whole blocks, one or more; out: fp32, fp16 or bf16; contiguous, on one device.
+        dtype: what Forge's arithmetic computes in; fp32 for exact arithmetic."""
         count = out.numel() // block_elements
         tile = self.tile_elements // block_elements
         table = None if self.table is None else self.table(out.device)
@@ -147,6 +174,7 @@ class Kernel:
                 BLOCK_BYTES=packed.numel() // count,
                 BLOCK_ELEMENTS=block_elements,
                 TILE=tile,
+                DTYPE=_TRITON_DTYPES[dtype],
                 num_warps=self.warps,
                 # A product and a sum are two roundings, as everywhere else.
                 enable_fp_fusion=False,

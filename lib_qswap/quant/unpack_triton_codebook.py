@@ -29,19 +29,19 @@ def _look_up(table, nibbles, TILE: tl.constexpr, GROUPS: tl.constexpr, COUNT: tl
 
 
 @kernel(alignment=2, table=_iq4)
-def IQ4_NL(packed, table, blocks, TILE: tl.constexpr):
+def IQ4_NL(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     start = packed.to(tl.pointer_type(tl.uint16)) + blocks * 9
     words = word_at(start[:, None, None] + 1 + 2 * tl.arange(0, 4)[None, None, :])
-    return _look_up(table, spread(two_nibbles(words)), TILE, 1, 32), half(tl.load(start))[:, None]
+    return _look_up(table, spread(two_nibbles(words)), TILE, 1, 32), half(tl.load(start), DTYPE)[:, None]
 
 
 @kernel(alignment=4, table=_iq4)
-def IQ4_XS(packed, table, blocks, TILE: tl.constexpr):
+def IQ4_XS(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     group = tl.arange(0, 8)
     head = packed + (blocks * 136)[:, None]
     top = tl.load(head + 2 + (group // 4)[None, :]) >> (group % 4 * 2).to(tl.uint8)[None, :]
     low = tl.load(head + 4 + (group // 2)[None, :]) >> (group % 2 * 4).to(tl.uint8)[None, :]
-    d = half(tl.load(packed.to(tl.pointer_type(tl.uint16)) + blocks * 68))
+    d = half(tl.load(packed.to(tl.pointer_type(tl.uint16)) + blocks * 68), DTYPE)
     scales = (((low & 15) | ((top & 3) << 4)).to(tl.float32) - 32) * d[:, None]
     start = packed.to(tl.pointer_type(tl.uint32)) + (blocks * 34)[:, None, None]
     words = tl.load(start + 2 + tl.arange(0, 8)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :])
@@ -49,7 +49,7 @@ def IQ4_XS(packed, table, blocks, TILE: tl.constexpr):
 
 
 @kernel(table=_e2m1)
-def MXFP4(packed, table, blocks, TILE: tl.constexpr):
+def MXFP4(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     start = packed + blocks * 17
     exponent = tl.load(start).to(tl.int32)
     # 2 ** (exponent - 128): the first two are subnormal.
@@ -58,13 +58,12 @@ def MXFP4(packed, table, blocks, TILE: tl.constexpr):
     data = start[:, None, None] + 1 + tl.arange(0, 4)[None, None, :] * 4
     words = tl.load(data).to(tl.uint32) | (tl.load(data + 1).to(tl.uint32) << 8)
     words = words | (tl.load(data + 2).to(tl.uint32) << 16) | (tl.load(data + 3).to(tl.uint32) << 24)
-    return _look_up(table, spread(two_nibbles(words)), TILE, 1, 32), bits.to(tl.float32, bitcast=True)[
-        :, None
-    ]
+    scales = bits.to(tl.float32, bitcast=True)[:, None]
+    return _look_up(table, spread(two_nibbles(words)), TILE, 1, 32), scales
 
 
 @kernel(alignment=4, table=_e2m1)
-def NVFP4(packed, table, blocks, TILE: tl.constexpr):
+def NVFP4(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     byte = tl.load(packed + (blocks * 36)[:, None] + tl.arange(0, 4)[None, :]).to(tl.int32)
     # Unsigned E4M3, bias 7, halved: normal numbers by their bits, subnormal ones by their value.
     exponent, mantissa = (byte >> 3) & 15, byte & 7

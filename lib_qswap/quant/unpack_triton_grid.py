@@ -74,43 +74,43 @@ def _iq2(table, index, signs):
 
 
 @kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ2_XXS))
-def IQ2_XXS(packed, table, blocks, TILE: tl.constexpr):
+def IQ2_XXS(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     start = packed.to(tl.pointer_type(tl.uint16)) + blocks * 33
     group = start[:, None] + 1 + tl.arange(0, 8)[None, :] * 4
     index = tl.reshape(spread(word_at(group)), (TILE, 32)).to(tl.int32)
     high = word_at(group + 2)
-    scales = ((high >> 28).to(tl.float32) + 0.5) * (half(tl.load(start)) * 0.25)[:, None]
+    scales = ((high >> 28).to(tl.float32) + 0.5) * (half(tl.load(start), DTYPE) * 0.25)[:, None]
     signs = (high[:, :, None] >> (tl.arange(0, 4) * 7)[None, None, :]) & 127
     signs = _eighth_sign(tl.reshape(signs, (TILE, 32)).to(tl.int32))
     return _grouped(_iq2(table, index, signs), scales, TILE, 8)
 
 
 @kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ2_XS))
-def IQ2_XS(packed, table, blocks, TILE: tl.constexpr):
+def IQ2_XS(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     start = packed.to(tl.pointer_type(tl.uint16)) + blocks * 37
     pairs = tl.load(start[:, None] + 1 + tl.arange(0, 32)[None, :]).to(tl.int32)
     small = _nibbles(packed + blocks * 74, tl.arange(0, 16), 66)
-    scales = (small + 0.5) * (half(tl.load(start)) * 0.25)[:, None]
+    scales = (small + 0.5) * (half(tl.load(start), DTYPE) * 0.25)[:, None]
     return _grouped(_iq2(table, pairs & 511, _eighth_sign(pairs >> 9)), scales, TILE, 16)
 
 
 @kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ2_S))
-def IQ2_S(packed, table, blocks, TILE: tl.constexpr):
+def IQ2_S(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     start = packed + blocks * 82
     row = tl.arange(0, 32)
     tops = tl.load(start[:, None] + 66 + (row // 4)[None, :]).to(tl.int32) >> (row % 4 * 2)[None, :]
     index = tl.load(start[:, None] + 2 + row[None, :]).to(tl.int32) | ((tops & 3) << 8)
     signs = tl.load(start[:, None] + 34 + row[None, :]).to(tl.int32)
-    d = half(tl.load(packed.to(tl.pointer_type(tl.uint16)) + blocks * 41))
+    d = half(tl.load(packed.to(tl.pointer_type(tl.uint16)) + blocks * 41), DTYPE)
     scales = (_nibbles(start, tl.arange(0, 16), 74) + 0.5) * (d * 0.25)[:, None]
     return _grouped(_iq2(table, index, signs), scales, TILE, 16)
 
 
-@kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ3_XXS))
-def IQ3_XXS(packed, table, blocks, TILE: tl.constexpr):
+@kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ3_XXS), tile_elements=1024, warps=1)
+def IQ3_XXS(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     start = packed.to(tl.pointer_type(tl.uint16)) + blocks * 49
     high = word_at(start[:, None] + 33 + tl.arange(0, 8)[None, :] * 2)
-    scales = ((high >> 28).to(tl.float32) + 0.5) * (half(tl.load(start)) * 0.5)[:, None]
+    scales = ((high >> 28).to(tl.float32) + 0.5) * (half(tl.load(start), DTYPE) * 0.5)[:, None]
     signs = (high[:, :, None] >> (tl.arange(0, 4) * 7)[None, None, :]) & 127
     signs = _eighth_sign(tl.reshape(signs, (TILE, 32)).to(tl.int32))
     row = tl.arange(0, 32)[:, None] * 2 + tl.arange(0, 2)[None, :]
@@ -121,14 +121,14 @@ def IQ3_XXS(packed, table, blocks, TILE: tl.constexpr):
     return _grouped(_with_signs(words, signs), scales, TILE, 8)
 
 
-@kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ3_S))
-def IQ3_S(packed, table, blocks, TILE: tl.constexpr):
+@kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ3_S), tile_elements=1024, warps=1)
+def IQ3_S(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     start = packed + blocks * 110
     row = tl.arange(0, 32)[:, None] * 2 + tl.arange(0, 2)[None, :]
     tops = tl.load(start[:, None, None] + 66 + (row // 8)[None, :, :]).to(tl.int32) >> (row % 8)[None, :, :]
     index = tl.load(start[:, None, None] + 2 + row[None, :, :]).to(tl.int32) | ((tops & 1) << 8)
     signs = tl.load(start[:, None] + 74 + tl.arange(0, 32)[None, :]).to(tl.int32)
-    d = half(tl.load(packed.to(tl.pointer_type(tl.uint16)) + blocks * 55))
+    d = half(tl.load(packed.to(tl.pointer_type(tl.uint16)) + blocks * 55), DTYPE)
     scales = (_nibbles(start, tl.arange(0, 8), 106) * 2 + 1) * d[:, None]
     words = _four_bit_rows(table, index) * 2 + 0x01010101
     return _grouped(_with_signs(words, signs), scales, TILE, 8)
@@ -143,10 +143,10 @@ def _iq1(table, index, minus):
 
 
 @kernel(alignment=2, table=partial(iq_grids.stored_rows, iq_grids.IQ1))
-def IQ1_S(packed, table, blocks, TILE: tl.constexpr):
+def IQ1_S(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     start = packed.to(tl.pointer_type(tl.uint16)) + blocks * 25
     high = tl.load(start[:, None] + 17 + tl.arange(0, 8)[None, :]).to(tl.int32)
-    scales = (((high >> 12) & 7).to(tl.float32) * 2 + 1) * (half(tl.load(start)) * 0.125)[:, None]
+    scales = (((high >> 12) & 7).to(tl.float32) * 2 + 1) * (half(tl.load(start), DTYPE) * 0.125)[:, None]
     row = tl.arange(0, 32)
     high = tl.load(start[:, None] + 17 + (row // 4)[None, :]).to(tl.int32)
     index = tl.load(packed + (blocks * 50)[:, None] + 2 + row[None, :]).to(tl.int32)
@@ -154,8 +154,8 @@ def IQ1_S(packed, table, blocks, TILE: tl.constexpr):
     return _grouped(_iq1(table, index, high >> 15), scales, TILE, 8)
 
 
-@kernel(alignment=4, table=partial(iq_grids.stored_rows, iq_grids.IQ1))
-def IQ1_M(packed, table, blocks, TILE: tl.constexpr):
+@kernel(alignment=4, table=partial(iq_grids.stored_rows, iq_grids.IQ1), tile_elements=1024, warps=1)
+def IQ1_M(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     words = packed.to(tl.pointer_type(tl.uint32)) + blocks * 14
     first, second = tl.load(words + 12), tl.load(words + 13)
     d = ((first >> 12) & 0x000F) | ((first >> 24) & 0x00F0)
@@ -165,7 +165,7 @@ def IQ1_M(packed, table, blocks, TILE: tl.constexpr):
         packed.to(tl.pointer_type(tl.uint16)) + (blocks * 28)[:, None] + 24 + (group // 4)[None, :]
     )
     small = (high.to(tl.int32) >> (group % 4 * 3)[None, :]) & 7
-    scales = (small.to(tl.float32) * 2 + 1) * (half(d.to(tl.uint16)) * 0.125)[:, None]
+    scales = (small.to(tl.float32) * 2 + 1) * (half(d.to(tl.uint16), DTYPE) * 0.125)[:, None]
     row = tl.arange(0, 32)
     start = packed + (blocks * 56)[:, None]
     nibbles = tl.load(start + 32 + (row // 2)[None, :]).to(tl.int32) >> (row % 2 * 4)[None, :]

@@ -20,11 +20,11 @@ def _six_bits(start, group):
 
 
 @kernel(alignment=4, offsets=-1)
-def Q4_K(packed, table, blocks, TILE: tl.constexpr):
+def Q4_K(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     halves = packed.to(tl.pointer_type(tl.uint16)) + blocks * 72
     small, minima = _six_bits(packed + (blocks * 144)[:, None], tl.arange(0, 8)[None, :])
-    scales = small * half(tl.load(halves))[:, None]
-    minima = minima * half(tl.load(halves + 1))[:, None]
+    scales = small * half(tl.load(halves), DTYPE)[:, None]
+    minima = minima * half(tl.load(halves + 1), DTYPE)[:, None]
     start = packed.to(tl.pointer_type(tl.uint32)) + (blocks * 36)[:, None, None]
     words = tl.load(start + 4 + tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :])
     q = spread(two_nibbles(words)).to(tl.float32)
@@ -32,11 +32,11 @@ def Q4_K(packed, table, blocks, TILE: tl.constexpr):
 
 
 @kernel(alignment=4, offsets=-1)
-def Q5_K(packed, table, blocks, TILE: tl.constexpr):
+def Q5_K(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     halves = packed.to(tl.pointer_type(tl.uint16)) + blocks * 88
     small, minima = _six_bits(packed + (blocks * 176)[:, None], tl.arange(0, 8)[None, :])
-    scales = small * half(tl.load(halves))[:, None]
-    minima = minima * half(tl.load(halves + 1))[:, None]
+    scales = small * half(tl.load(halves), DTYPE)[:, None]
+    minima = minima * half(tl.load(halves + 1), DTYPE)[:, None]
     start = packed.to(tl.pointer_type(tl.uint32)) + (blocks * 44)[:, None, None]
     words = tl.load(start + 12 + tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :])
     fifth = tl.load(start + 4 + tl.arange(0, 8)[None, None, :])
@@ -47,10 +47,10 @@ def Q5_K(packed, table, blocks, TILE: tl.constexpr):
 
 
 @kernel(alignment=2, tile_elements=1024)
-def Q6_K(packed, table, blocks, TILE: tl.constexpr):
+def Q6_K(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     start = packed.to(tl.pointer_type(tl.uint16)) + blocks * 105
     small = signed(tl.load(packed + (blocks * 210)[:, None] + 192 + tl.arange(0, 16)[None, :]))
-    scales = small * half(tl.load(start + 104))[:, None]
+    scales = small * half(tl.load(start + 104), DTYPE)[:, None]
     two, word = tl.arange(0, 2), tl.arange(0, 8)[None, None, :] * 2
     start = start[:, None, None]
     # The two halves, then the two columns of 32 bytes, then the two nibbles.
@@ -63,11 +63,11 @@ def Q6_K(packed, table, blocks, TILE: tl.constexpr):
 
 
 @kernel(alignment=4, offsets=-1)
-def Q2_K(packed, table, blocks, TILE: tl.constexpr):
+def Q2_K(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     halves = packed.to(tl.pointer_type(tl.uint16)) + blocks * 42
     small = tl.load(packed + (blocks * 84)[:, None] + tl.arange(0, 16)[None, :])
-    scales = (small & 15).to(tl.float32) * half(tl.load(halves + 40))[:, None]
-    minima = (small >> 4).to(tl.float32) * half(tl.load(halves + 41))[:, None]
+    scales = (small & 15).to(tl.float32) * half(tl.load(halves + 40), DTYPE)[:, None]
+    minima = (small >> 4).to(tl.float32) * half(tl.load(halves + 41), DTYPE)[:, None]
     start = packed.to(tl.pointer_type(tl.uint32)) + (blocks * 21)[:, None, None]
     words = tl.load(start + 4 + tl.arange(0, 2)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :])
     q = spread(four_pairs(words)).to(tl.float32)
@@ -75,13 +75,13 @@ def Q2_K(packed, table, blocks, TILE: tl.constexpr):
 
 
 @kernel(alignment=2)
-def Q3_K(packed, table, blocks, TILE: tl.constexpr):
+def Q3_K(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     start = packed.to(tl.pointer_type(tl.uint16)) + blocks * 55
     group = tl.arange(0, 16)[None, :]
     small = packed + (blocks * 110)[:, None] + 96
     low = (tl.load(small + group % 8) >> (group // 8 * 4).to(tl.uint8)) & 15
     top = (tl.load(small + 8 + group % 4) >> (group // 4 * 2).to(tl.uint8)) & 3
-    scales = ((low | (top << 4)).to(tl.float32) - 32) * half(tl.load(start + 54))[:, None]
+    scales = ((low | (top << 4)).to(tl.float32) - 32) * half(tl.load(start + 54), DTYPE)[:, None]
     start = start[:, None, None]
     word = tl.arange(0, 8)[None, None, :] * 2
     pairs = four_pairs(word_at(start + 16 + tl.arange(0, 2)[None, :, None] * 16 + word))
@@ -92,7 +92,7 @@ def Q3_K(packed, table, blocks, TILE: tl.constexpr):
 
 
 @kernel(alignment=4)
-def Q8_K(packed, table, blocks, TILE: tl.constexpr):
+def Q8_K(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     scale = tl.load(packed.to(tl.pointer_type(tl.float32)) + blocks * 73)
     q = signed(tl.load(packed + (blocks * 292)[:, None] + 4 + tl.arange(0, 256)[None, :]))
     return q[:, None, :], scale[:, None]

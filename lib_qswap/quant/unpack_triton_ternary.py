@@ -15,7 +15,7 @@ def _first_digits(numbers):
 
 
 @kernel(alignment=2)
-def TQ1_0(packed, table, blocks, TILE: tl.constexpr):
+def TQ1_0(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     start = packed.to(tl.pointer_type(tl.uint16)) + blocks * 27
     # Four elements at a time: the same digit of the bytes of a word, 8 words, then 4, then 1.
     four = tl.arange(0, 64)
@@ -28,12 +28,12 @@ def TQ1_0(packed, table, blocks, TILE: tl.constexpr):
     even = _first_digits((words & 0x00FF00FF) * power)
     odd = _first_digits(((words >> 8) & 0x00FF00FF) * power)
     digits = tl.reshape(spread(even | (odd << 8)), (TILE, 1, 256)).to(tl.float32)
-    return digits - 1, half(tl.load(start + 26))[:, None]
+    return digits - 1, half(tl.load(start + 26), DTYPE)[:, None]
 
 
 @kernel(alignment=2)
-def TQ2_0(packed, table, blocks, TILE: tl.constexpr):
+def TQ2_0(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     start = packed.to(tl.pointer_type(tl.uint16)) + blocks * 33
     words = start[:, None, None] + tl.arange(0, 2)[None, :, None] * 16 + tl.arange(0, 8)[None, None, :] * 2
     q = tl.reshape(spread(four_pairs(word_at(words))), (TILE, 1, 256)).to(tl.float32) - 1
-    return q, half(tl.load(start + 32))[:, None]
+    return q, half(tl.load(start + 32), DTYPE)[:, None]
