@@ -9,7 +9,7 @@ import torch
 from lib_qswap.quant import kernels, multiply
 from lib_qswap.quant.formats import FORMATS
 from lib_qswap.quant.packed import PackedTensor
-from lib_qswap.quant.unpack import unpack
+from lib_qswap.quant.unpack import unpack, unpack_with_torch
 
 
 def _gpu() -> str | None:
@@ -53,6 +53,20 @@ def test_compiled_kernels_give_the_bits_of_torchs_operations(format, scales):
     for dtype in BITS:
         expected = unpack(format, blocks, torch.empty(len(blocks), format.block_elements, dtype=dtype))
         assert_same_bits(by_triton(format, blocks.to(GPU), dtype), expected)
+
+
+@pytest.mark.parametrize(
+    "format", [row for row in BLOCK_TYPES if row.unpack_like_forge], ids=lambda row: row.name
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_compiled_kernels_give_the_bits_of_torchs_operations_in_forges_arithmetic(format, dtype):
+    blocks = torch.from_numpy(ggml_blocks.random_blocks(format, 4096 + 3, "ordinary"))
+    for out_dtype in BITS:
+        expected = torch.empty(len(blocks), format.block_elements, dtype=out_dtype)
+        unpack_with_torch(format, blocks, expected, dtype)
+        out = torch.full_like(expected, torch.nan, device=GPU)
+        assert kernels.unpack_with_triton(format, blocks.to(GPU), out, dtype)
+        assert_same_bits(out, expected)
 
 
 @EVERY_TYPE
