@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import gpu_engine  # noqa: E402
+import gpu_host  # noqa: E402
 import gpu_unpack  # noqa: E402
 import results_file  # noqa: E402
 from gpu_targets import targets  # noqa: E402
@@ -143,6 +144,12 @@ def page_lock(arguments: argparse.Namespace, timer: Timer, save: Save) -> None:
     save(found)
 
 
+def host(arguments: argparse.Namespace, timer: Timer, save: Save) -> None:
+    found = gpu_host.host_times(timer.device, arguments.small)
+    print(json.dumps(found))
+    save(found)
+
+
 def engine(arguments: argparse.Namespace, timer: Timer, save: Save) -> None:
     side = 16 if arguments.small else 1024
     rig = ComputingRig(timer.device, model_file(arguments.small), [side])
@@ -159,8 +166,9 @@ def engine(arguments: argparse.Namespace, timer: Timer, save: Save) -> None:
 SECTIONS: dict[str, tuple[Callable[[argparse.Namespace, Timer, Save], None], float]] = {
     "environment": (environment, 60),
     "ceilings": (ceilings, 45),
-    "unpack": (unpack, 200),
+    "unpack": (unpack, 120),
     "page_lock": (page_lock, 30),
+    "host": (host, 30),
     "engine": (engine, 100),
 }
 """Each with the seconds that it may take. Steps have the rest."""
@@ -224,7 +232,9 @@ class Suite:
         left_s = self.end_s - time.monotonic()
         options = ["--hidden", "256", "--sides", "16", "--shares", "25", "--steps", "1"]
         if not self.arguments.small:
-            options = ["--hidden", "3072", "--sides", "1024", "--cards", CARDS]
+            options = ["--hidden", "3072", "--sides", "1024"]
+            options += ["--cards", self.arguments.cards] if self.arguments.cards else []
+            options += ["--steps", str(self.arguments.steps)]
         if self.arguments.forge:
             options += ["--forge", str(self.arguments.forge)]
         options += ["--device", self.arguments.device, "--json", str(path)]
@@ -260,6 +270,12 @@ def main() -> None:
     parser.add_argument(
         "--forge", type=Path, metavar="DIR", help="folder of a Forge web UI to measure as well"
     )
+    parser.add_argument(
+        "--cards",
+        default=CARDS,
+        help=f"that the GPU stands for too, as for step_times.py; {CARDS} by default",
+    )
+    parser.add_argument("--steps", type=int, default=6, help="that are timed")
     parser.add_argument("--small", action="store_true", help="a quick run with tiny tensors")
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S, metavar="S", help="seconds")
     parser.add_argument("--section", choices=SECTIONS, help="only this one, in this process")

@@ -72,8 +72,14 @@ def _range(rows: Sequence[Row], figure: Callable[[Row], float], form: str) -> st
 
 
 def _engine(suite: Row) -> list[str]:
-    engine, lock = suite.get("engine", {}), suite.get("page_lock", {})
+    engine, lock, host = suite.get("engine", {}), suite.get("page_lock", {}), suite.get("host", {})
     lines = []
+    if "swapped_s" in host:
+        plain, resident, swapped = (host[f"{kind}_s"] * 1e6 for kind in ("plain", "resident", "swapped"))
+        lines.append(
+            f"The host issues a layer in {plain:.1f} us where nothing swaps, {resident:.1f} us resident, "
+            f"{swapped:.1f} us swapped."
+        )
     if "switching" in engine:
         row = engine["switching"]
         size, leaving_ms = gigabytes(row["resident_bytes"]), row["unload_s"] * 1e3

@@ -14,7 +14,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SUITE = BENCHMARKS / "gpu_suite.py"
-SECTIONS = ("environment", "ceilings", "unpack", "page_lock", "engine")
+SECTIONS = ("environment", "ceilings", "unpack", "page_lock", "host", "engine")
 TYPES = ("Q8_0", "Q4_K", "Q5_K", "Q6_K")
 sys.path.append(str(BENCHMARKS))
 
@@ -78,6 +78,13 @@ def test_page_locking_is_tried_and_refused_without_harm(suite):
         assert found["works_after_refusal"]
         assert found["from_registered_bytes_per_s"] > 0
         assert found["from_allocator_bytes_per_s"] > 0
+
+
+def test_the_hosts_part_of_a_layer_is_measured(suite):
+    _, result, _ = suite
+    row = result["host"]
+    assert 0 < row["swapped_layers"] <= row["layers"]
+    assert all(row[name] > 0 for name in ("plain_s", "resident_s", "swapped_s"))
 
 
 def test_a_model_leaves_the_device_without_a_copy_and_comes_back(suite):
@@ -186,6 +193,8 @@ def test_a_part_that_fails_or_takes_too_long_costs_no_other(tmp_path, monkeypatc
         dtype="bfloat16",
         forge=None,
         small=True,
+        cards="6:12",
+        steps=6,
         time_limit=1000.0,
         json=tmp_path / "result.json",
     )
@@ -195,6 +204,7 @@ def test_a_part_that_fails_or_takes_too_long_costs_no_other(tmp_path, monkeypatc
         "ceilings": "raise SystemExit(3)",
         "unpack": "open(part, 'w').write('{\"types\": {}}'); time.sleep(60)",
         "page_lock": "import os; os.abort()",
+        "host": "open(part, 'w').write('{}')",
         "engine": "open(part, 'w').write('{\"switching\": 1}')",
         "steps": "raise OSError",
     }

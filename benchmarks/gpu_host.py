@@ -1,0 +1,74 @@
+"""What the swap engine costs the host for each layer: the time in which a step is issued, on layers so small
+that the device keeps up."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from typing import Any
+
+import torch
+from step_models import PackedLinear
+from torch import Tensor, nn
+
+from lib_qswap.quant.formats import FORMATS
+from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.standalone.demo_file import quantized_weight
+from lib_qswap.swap.device import Device, device_of
+from lib_qswap.swap.execute import Scratch
+from lib_qswap.swap.manager import attach
+
+WIDTH = 256
+TOKENS = 16
+LAYERS, SMALL_LAYERS = 300, 20
+ROUNDS, SMALL_ROUNDS = 30, 5
+RING_LAYERS = 16
+"""In the budget with which layers are swapped; a few of them become resident."""
+
+Row = dict[str, Any]
+
+
+def host_times(device: torch.device, small: bool) -> Row:
+    """Seconds of the host for each layer: plain, with packed weights that are on the device and unpacked by
+    the same kernels; the same layers under QSwap, resident and swapped from page-locked memory."""
+    layers, rounds = (SMALL_LAYERS, SMALL_ROUNDS) if small else (LAYERS, ROUNDS)
+    dtype = torch.bfloat16
+    format = FORMATS["Q8_0"]
+    packed = PackedTensor(quantized_weight("Q8_0", (WIDTH, WIDTH)), format, (WIDTH, WIDTH), dtype=dtype)
+    driver = device_of(device)
+    x = torch.randn((TOKENS, WIDTH), device=device).to(dtype)
+
+    scratch = Scratch(driver)
+    plain = nn.Sequential(*(PackedLinear(packed, None, scratch) for _ in range(layers))).to(device)
+    times: Row = {"layers": layers, "plain_s": _seconds(driver, plain, x, rounds) / layers}
+    del plain, scratch
+
+    linear = nn.Linear(WIDTH, WIDTH, bias=False, device="meta")
+    linear.weight = nn.Parameter(packed, requires_grad=False)
+    model = nn.Sequential(*(copy.deepcopy(linear) for _ in range(layers)))
+    attachment = attach(
+        model, device=device, location="shared", budget_bytes=1 << 40, compute_dtype=dtype, name="host"
+    )
+    times["resident_s"] = _seconds(driver, model, x, rounds) / layers
+    beside = attachment.fixed_bytes + attachment.scratch_bytes
+    attachment.rebalance(beside + RING_LAYERS * max(layer.payload_bytes for layer in attachment.layers))
+    taken_s = _seconds(driver, model, x, rounds)
+    swapped = sum(layer.resident is None for layer in attachment.layers)
+    times["swapped_layers"] = swapped
+    times["swapped_s"] = (taken_s - (layers - swapped) * times["resident_s"]) / swapped
+    attachment.detach()
+    return times
+
+
+@torch.no_grad()
+def _seconds(driver: Device, model: nn.Module, x: Tensor, rounds: int) -> float:
+    """Median of the times in which the host issues one forward to an idle device, when plans are made."""
+    taken = []
+    for _ in range(2 * rounds):
+        driver.synchronize()
+        begun = time.perf_counter()
+        model(x)
+        taken.append(time.perf_counter() - begun)
+    driver.synchronize()
+    return statistics.median(taken[rounds:])
