@@ -47,6 +47,7 @@ class Throttle:
         def to_(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             result = to(self, *args, **kwargs)
             if self.device != result.device:
+                kwargs.pop("copy", None)  # The parser, which is modules', does not know it.
                 throttle._after(self, result, torch._C._nn._parse_to(*args, **kwargs)[2])
             return result
 

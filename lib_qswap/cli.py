@@ -56,11 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from lib_qswap.panel.report import printable
 
     try:
-        return parsed.command(parsed)
+        code = parsed.command(parsed)
+        sys.stdout.flush()
+        return code
     except (UsageError, GGUFError) as error:
         message = str(error)
     except OutOfMemoryError as error:
         message = f"the device has no room even for the smallest budget: {error}"
+    except BrokenPipeError:  # Whoever reads the output has seen enough, as `head` has.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would flush into it at exit.
+        return 0
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except KeyboardInterrupt:

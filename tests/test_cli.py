@@ -189,6 +189,16 @@ def test_demo_prints_the_summary_and_where_every_layer_is(tiny_demo, capsys):
     assert "sha256" in out
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error there")
+def test_a_reader_that_has_seen_enough_is_no_error(tiny):
+    command = [sys.executable, "-m", "lib_qswap", "inspect", str(tiny), "--json"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 0
+
+
 def test_inspect_lists_every_tensor(tiny, capsys):
     code, out, _ = qswap(capsys, "inspect", tiny, "--json")
     report = json.loads(out)

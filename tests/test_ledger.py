@@ -224,6 +224,19 @@ def test_a_message_is_told_once_and_kept(caplog):
     assert [record.message for record in caplog.records if "sky" in record.message] == ["The sky is falling."]
 
 
+def test_a_message_with_other_numbers_replaces_the_former_and_is_logged_where_they_differ_much(caplog):
+    for megabytes in (1000, 990, 1010, 400):
+        ledger.message(f"model: {megabytes} MB are too few; the largest layer takes 28.5.", "warning")
+    ledger.message("model: 400 MB are enough.")
+    texts = [message["text"] for message in ledger.snapshot()["messages"]]
+    assert texts == [
+        "model: 400 MB are too few; the largest layer takes 28.5.",
+        "model: 400 MB are enough.",
+    ]
+    logged = [record.message.split()[1] for record in caplog.records if "too few" in record.message]
+    assert logged == ["1000", "400"]
+
+
 def test_a_model_that_is_left_to_the_host_is_in_the_snapshot_with_the_reason():
     ledger.note_unmanaged("VAE", "it fits")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import threading
 import time
 import weakref
@@ -22,6 +23,9 @@ log = logging.getLogger("qswap")
 _lock = threading.RLock()  # Garbage collection may end a model, with a message, while it is held.
 _attachments: dict[int, weakref.ref[Attachment]] = {}  # by serial; written and copied in one step each
 _messages: deque[dict[str, Any]] = deque(maxlen=64)
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+CLOSE = 0.2
+"""Of the larger one of two numbers, up to which a message says nothing new."""
 _notes: dict[str, dict[str, Any]] = {}
 
 
@@ -34,16 +38,25 @@ def unregister(attachment: Attachment) -> None:
 
 
 def message(text: str, level: str = "info") -> None:
-    """Tells the user something, once: in the log and in the page. The same text again only moves up in the
-    page."""
+    """Tells the user something, once: in the log and in the page. The same sentence again takes the place of
+    the former one in the page, and is logged only where one of its numbers has changed by a fifth."""
     with _lock:
-        known = next((entry for entry in _messages if entry["text"] == text), None)
+        words = _NUMBER.sub("#", text)
+        known = next((entry for entry in _messages if _NUMBER.sub("#", entry["text"]) == words), None)
         if known is not None:
             _messages.remove(known)
         _messages.append({"t": time.time(), "level": level, "text": text})
-        if known is not None:
+        if known is not None and _close(_numbers(known["text"]), _numbers(text)):
             return
     log.log(getattr(logging, level.upper()), "%s", text)
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in _NUMBER.findall(text)]
+
+
+def _close(former: list[float], now: list[float]) -> bool:
+    return all(abs(new - old) <= CLOSE * max(old, new) for old, new in zip(former, now, strict=True))
 
 
 kernels.report_to(functools.partial(message, level="warning"))
@@ -87,16 +100,11 @@ def snapshot() -> dict[str, Any]:
         "enabled": True,
         "device": str(device.device) if device is not None else None,
         "location": models[-1].location if models else None,
-        "unpack_kernel": _unpack_kernel(models[-1]) if models else None,
+        "unpack_kernel": kernels.in_use(models[-1].device.device) if models else None,
         "models": [model_snapshot(model) for model in models] + notes,
         "device_memory": memory,
         "messages": messages,
     }
-
-
-def _unpack_kernel(model: Attachment) -> str:
-    # Forge's order of operations is torch's alone.
-    return kernels.in_use(model.device.device) if model.arithmetic == "exact" else "Torch"
 
 
 def model_snapshot(model: Attachment) -> dict[str, Any]:
