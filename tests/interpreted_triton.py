@@ -12,9 +12,7 @@ from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.quant.unpack import unpack, unpack_with_torch
 from lib_qswap.swap.manager import attach
 
-BLOCK_TYPES = [
-    row for row in FORMATS.values() if row.unpack and row.dtype is None and row.ggml_id is not None
-]
+BLOCK_TYPES = [row for row in FORMATS.values() if row.unpack and row.dtype is None]
 EVERY_TYPE = pytest.mark.parametrize("format", BLOCK_TYPES, ids=lambda row: row.name)
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 # What a program unpacks; a few elements more are no multiple of it.

@@ -21,9 +21,7 @@ def _gpu() -> str | None:
 GPU = _gpu()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPU is None, reason="PyTorch finds no GPU here")]
 
-BLOCK_TYPES = [
-    row for row in FORMATS.values() if row.unpack and row.dtype is None and row.ggml_id is not None
-]
+BLOCK_TYPES = [row for row in FORMATS.values() if row.unpack and row.dtype is None]
 EVERY_TYPE = pytest.mark.parametrize("format", BLOCK_TYPES, ids=lambda row: row.name)
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 

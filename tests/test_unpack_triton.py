@@ -22,9 +22,7 @@ pytest.importorskip(
 )
 
 TESTS = Path(__file__).resolve().parent
-BLOCK_TYPES = [
-    row for row in FORMATS.values() if row.unpack and row.dtype is None and row.ggml_id is not None
-]
+BLOCK_TYPES = [row for row in FORMATS.values() if row.unpack and row.dtype is None]
 EVERY_TYPE = pytest.mark.parametrize("format", BLOCK_TYPES, ids=lambda row: row.name)
 
 

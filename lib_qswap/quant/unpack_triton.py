@@ -20,6 +20,7 @@ import os
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -197,6 +198,12 @@ def kernel(
         return Kernel(parts, offsets, launch, alignment, table, tile_elements, warps)
 
     return decorate
+
+
+@lru_cache(maxsize=16)
+def value_table(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A `table` of these values, fp32."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .unpack_codebook import E2M1_DOUBLED, IQ4_VALUES
-from .unpack_triton import half, kernel, spread, two_nibbles, word_at
+from .unpack_triton import half, kernel, spread, two_nibbles, value_table, word_at
 
-
-@lru_cache(maxsize=16)
-def _values(values: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-_iq4 = partial(_values, IQ4_VALUES)
-_e2m1 = partial(_values, E2M1_DOUBLED)
+_iq4 = partial(value_table, IQ4_VALUES)
+_e2m1 = partial(value_table, E2M1_DOUBLED)
 
 
 @triton.jit
