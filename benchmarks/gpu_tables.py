@@ -19,7 +19,7 @@ def gigabytes(nbytes: float | None) -> str:
 def tables(suite: Row, steps: Row) -> list[str]:
     """Lines; what a run that was cut off has not measured is not there. suite, steps: the two results."""
     parts = [_ceilings(suite), _unpacking(suite), _engine(suite)]
-    parts += [_steps(case) for case in steps.get("cases", ())]
+    parts += [_steps(case) for case in steps.get("cases", ()) if case["rows"]]
     return [line for part in parts if part for line in (*part, "")][:-1]
 
 
