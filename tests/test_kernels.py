@@ -93,6 +93,18 @@ def test_a_kernel_with_one_wrong_value_is_not_used(told, served, wrong):
     assert "its values are not those of PyTorch's operations" in told[0]
 
 
+def test_a_kernel_is_checked_on_the_cpu_whatever_the_default_device_is(told, served):
+    kernel = served(FakeKernel())
+    torch.set_default_device("meta")
+    try:
+        packed, out = some_blocks(), torch.empty(8, 256, dtype=torch.float16, device="cpu")
+        unpack(Q4_K, packed, out)
+    finally:
+        torch.set_default_device(None)
+    assert told == []
+    assert kernel.calls == 1
+
+
 def test_torch_unpacks_where_the_user_chose_it(served):
     kernel = served(FakeKernel())
     kernels.choose("Torch")

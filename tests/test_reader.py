@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 
 import pytest
+import swap_models
 import torch
 
-from lib_qswap.swap import reader
+from lib_qswap.swap import copier, reader
+from lib_qswap.swap.manager import attached
 from lib_qswap.swap.reader import Reader
 
 PIECE_BYTES = 1 << 20
@@ -143,3 +145,28 @@ def test_what_fails_in_any_thread_is_an_error_and_the_next_read_works(make, cloc
     with pytest.raises(OSError, match="the disk is gone"):
         one.read(broken, torch.zeros(PIECE_BYTES, dtype=torch.uint8), 0)
     read(one, source, 3)
+
+
+@pytest.mark.simgpu
+@pytest.mark.parametrize("location", ["cpu", "disk"])
+def test_several_threads_bring_the_right_bytes_through_fewer_buffers(sim, tmp_path, monkeypatch, location):
+    monkeypatch.setattr(copier, "STAGING_BUFFER_BYTES", 64 << 10)
+    monkeypatch.setattr(reader, "available_cores", lambda: 8)
+    monkeypatch.setattr(reader, "TRIAL_BYTES", 1 << 20)
+    monkeypatch.setattr(reader, "LEAST_BYTES", 16 << 10)
+    # That it is always the reading that takes long, and pays.
+    monkeypatch.setattr(reader, "BUSY", 0.0)
+    monkeypatch.setattr(reader, "WORTH", 0.0)
+    model = swap_models.build(6, file=tmp_path / "model.gguf")
+    expected = swap_models.reference(model)
+    options = {"device": "simgpu", "location": location, "compute_dtype": torch.float32}
+    with (
+        swap_models.clean_engine(),
+        attached(model, budget_bytes=0, arithmetic="exact", **options) as attachment,
+    ):
+        used = attachment.state.copier
+        assert len(used._staging) == copier.STAGING_BUFFERS
+        for _ in range(8):
+            assert torch.equal(swap_models.run(model, "simgpu"), expected)
+        assert used.reader.threads == 4
+        assert [buffer.numel() for buffer, _ in used._staging] == [128 << 10] * 2

@@ -45,7 +45,7 @@ def check_unpack(
     from .unpack import unpack_with_torch
 
     packed = _blocks(format, _ELEMENTS // format.block_elements + 3)
-    expected = torch.empty((len(packed), format.block_elements), dtype=out_dtype)
+    expected = packed.new_empty((len(packed), format.block_elements), dtype=out_dtype)
     unpack_with_torch(format, packed, expected, dtype)
     out = torch.empty_like(expected, device=device)
     kernel.unpack(packed.to(device), out, format.block_elements, dtype)
@@ -64,12 +64,12 @@ def check_product(kernel: Any, format: Format, inputs: Tensor, bias: Tensor | No
 
     count = _ROWS * _ROW_ELEMENTS // format.block_elements
     packed = _blocks(format, 32 * count)
-    values = torch.empty(len(packed), format.block_elements)
+    values = packed.new_empty((len(packed), format.block_elements), dtype=torch.float32)
     unpack_with_torch(format, packed, values, torch.float32)
     usable = (values.abs().amax(1) < _LARGEST).nonzero().flatten()
     packed, weight = packed[usable[:count]], values[usable[:count]].view(_ROWS, _ROW_ELEMENTS).double()
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn((len(inputs), _ROW_ELEMENTS), generator=generator).to(inputs.dtype)
+    generator = torch.Generator("cpu").manual_seed(1)
+    x = torch.randn((len(inputs), _ROW_ELEMENTS), generator=generator, device="cpu").to(inputs.dtype)
     out = inputs.new_empty((len(inputs), _ROWS))
     added = None if bias is None else bias.new_zeros(_ROWS)
     multiply(kernel, packed.to(inputs.device), x.to(inputs.device), added, out, format.block_elements)
@@ -82,5 +82,6 @@ def check_product(kernel: Any, format: Format, inputs: Tensor, bias: Tensor | No
 
 def _blocks(format: Format, count: int) -> Tensor:
     """Random bytes, uint8 (count, block bytes): valid blocks of every type."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, format.block_bytes), dtype=torch.uint8, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape = (count, format.block_bytes)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device="cpu")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 STAGING_BUFFER_BYTES = 8 << 20
 STAGING_BUFFERS = 4
+"""Where several threads read, half as many buffers of twice the size: handing out a piece to them and waiting
+for the last takes a good part of the time in which they read it."""
 
 
 ISSUED = threading.Event()
@@ -112,6 +114,7 @@ class Copier:
         self.h2d_bytes = 0
         self.staging_locked_bytes = 0
         self.reader = Reader()
+        self._staging_memory: torch.Tensor | None = None
         self._staging: list[tuple[torch.Tensor, Any]] = []
         self._next_staging = 0
         self._queue: queue.SimpleQueue[Transfer | threading.Event | None] | None = None
@@ -145,9 +148,8 @@ class Copier:
             self._thread.join()
             self._thread, self._queue = None, None
             self.reader.close()
-            for _, free in self._staging:
-                free.synchronize()
-            self._staging = []
+            self._split_staging(None)
+            self._staging_memory = None
             self.staging_locked_bytes = 0
 
     def _allocate_staging(self) -> None:
@@ -169,7 +171,17 @@ class Copier:
             if memory is None:
                 memory = torch.empty(nbytes, dtype=torch.uint8)
             self.staging_locked_bytes = nbytes if memory.is_pinned() else 0
-            for piece in memory.split(STAGING_BUFFER_BYTES):
+            self._staging_memory = memory
+            self._split_staging(STAGING_BUFFER_BYTES)
+
+    def _split_staging(self, buffer_bytes: int | None) -> None:
+        """Makes buffers of this size of the staging memory, once the device has read it; None: none."""
+        for _, free in self._staging:
+            free.synchronize()
+        self._staging, self._next_staging = [], 0
+        if buffer_bytes is not None:
+            assert self._staging_memory is not None
+            for piece in self._staging_memory.split(buffer_bytes):
                 free = self._device.new_event()
                 self._device.record(free, self.stream)
                 self._staging.append((piece, free))
@@ -228,8 +240,11 @@ class Copier:
             assert home.payload is not None
             target.copy_(home.payload, non_blocking=True)
         elif self._staging:
-            for start in range(0, target.numel(), STAGING_BUFFER_BYTES):
-                piece = target[start : start + STAGING_BUFFER_BYTES]
+            buffer_bytes = STAGING_BUFFER_BYTES * (2 if self.reader.threads > 1 else 1)
+            if buffer_bytes != self._staging[0][0].numel():
+                self._split_staging(buffer_bytes)
+            for start in range(0, target.numel(), buffer_bytes):
+                piece = target[start : start + buffer_bytes]
                 buffer, free = self._staging[self._next_staging]
                 self._next_staging = (self._next_staging + 1) % len(self._staging)
                 free.synchronize()
