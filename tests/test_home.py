@@ -46,7 +46,14 @@ def test_the_kind_of_a_home_is_what_its_storage_is(sim, tmp_path):
         assert {home.kind for name, home in by_name.items() if name.startswith("blocks")} == {"disk"}
         assert by_name["conv"].kind == "cpu", "it is in no file"
         assert all(home.payload is None for home in by_name.values())
-        assert any("no file" in text for text in sm.messages())
+
+
+def test_users_are_told_of_weights_without_a_file_where_they_are_many(sim, tmp_path, monkeypatch):
+    model = sm.build(file=tmp_path / "model.gguf")
+    for least_bytes, told in ((homes.WORTH_SAYING_BYTES, False), (1, True)):
+        monkeypatch.setattr(homes, "WORTH_SAYING_BYTES", least_bytes)
+        with attached(model, device=GPU, location="disk", budget_bytes=0, **F32):
+            assert any("no file" in text for text in sm.messages()) == told
 
 
 def test_a_location_chosen_later_moves_the_masters_and_keeps_the_result(sim, compute_mode, tmp_path):

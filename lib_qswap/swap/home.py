@@ -25,6 +25,9 @@ LOCATIONS: tuple[Location, ...] = ("auto", "gpu", "shared", "cpu", "disk")
 RAM_RESERVE_BYTES = 1536 << 20
 """RAM that placing weights leaves to everybody else."""
 
+WORTH_SAYING_BYTES = 16 << 20
+"""That stay in RAM although they should not: less is nothing that a user would miss."""
+
 
 class PinBudget:
     """How many bytes may be page-locked, and how many are. Staging takes its share first."""
@@ -166,7 +169,7 @@ def choose_homes(
     if location == "disk":
         disk = [layer for layer in rest if has_file(layer)]
         cpu = [layer for layer in rest if not has_file(layer)]
-        if cpu:
+        if bytes_of(cpu) >= WORTH_SAYING_BYTES:
             reasons.append(f"{_mb(cpu)} MB have no file to be read from and stay in RAM")
     elif (need := sum(map(_new_ram_bytes, [*shared, *rest]))) > (
         room := available_ram_bytes() - RAM_RESERVE_BYTES
