@@ -223,7 +223,8 @@ def forge_gpu() -> list[str]:
         f"In Forge itself on an {environment['name']} (link of {link}), a Flux GGUF of {blocks}",
         f"({gigabytes(model['transformer_bytes'])}, random weights), {side} x {side} pixels, "
         f"{figures['steps']} steps. Those *like Forge* are",
-        "Forge's images, pixel for pixel; those of *exact* are the same from everywhere.",
+        "Forge's images, pixel for pixel; those of *exact* by Triton are the same from everywhere, and",
+        "PyTorch's differ from them in last digits.",
         "",
         "| way | step | image | device peak | page-locked |",
         "|---|---|---|---|---|",

@@ -18,7 +18,7 @@ def gigabytes(nbytes: float | None) -> str:
 
 def tables(suite: Row, steps: Row) -> list[str]:
     """Lines; what a run that was cut off has not measured is not there. suite, steps: the two results."""
-    parts = [_ceilings(suite), _unpacking(suite), _engine(suite)]
+    parts = [_ceilings(suite), _unpacking(suite), _engine(suite), _errors(suite)]
     parts += [_steps(case) for case in steps.get("cases", ()) if case["rows"]]
     return [line for part in parts if part for line in (*part, "")][:-1]
 
@@ -51,12 +51,15 @@ def _unpacking(suite: Row) -> list[str]:
         "| | of copy bandwidth | of a copy of that size | times the chain | one token, of copy bandwidth |",
         "|---|---|---|---|---|",
     ]
+    with_triton = {name for name, rows in types.items() if any("triton_of_copy" in row for row in rows)}
     for name, rows in types.items():
         rows = [row for row in rows if "error" not in row]
+        of_best = _range(rows, of_copy, "{:.0%}")
         of_same = _range(rows, of_same_size_copy, "{:.0%}")
         chain = _range(rows, lambda row: row["triton_times_faster_than_chain"], "{:.1f}")
         product = _range(rows, lambda row: row["product"]["fused_of_copy"], "{:.0%}")
-        lines.append(f"| {name} | {_range(rows, of_copy, '{:.0%}')} | {of_same} | {chain} | {product} |")
+        by_torch = " (by PyTorch)" if with_triton and name not in with_triton else ""
+        lines.append(f"| {name}{by_torch} | {of_best} | {of_same} | {chain} | {product} |")
     return lines if types else []
 
 
@@ -101,6 +104,11 @@ def _engine(suite: Row) -> list[str]:
             f"allocator: {lock['allocator_bytes_per_s'] / 1e9:.1f} GB/s."
         )
     return lines
+
+
+def _errors(suite: Row) -> list[str]:
+    """What was not measured, or not to the end."""
+    return [f"The part *{name}* {error}." for name, error in suite.get("errors", {}).items()]
 
 
 def _steps(case: Row) -> list[str]:

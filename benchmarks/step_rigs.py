@@ -130,10 +130,9 @@ class Rig:
         self.device.empty_cache()
 
     def home_bytes_per_s(self, attachment: Attachment) -> float | None:
-        """How fast the masters of a model are read, by as many threads as do it; None where it takes no time
-        that counts: virtual time has no reading, and page-locked memory the device reads by itself."""
-        threads = attachment.state.copier.reader.threads
-        return None if self.clock == "virtual" else read_bytes_per_s(attachment.layers, threads)
+        """How fast the masters of a model can be read; None where it takes no time that counts: virtual time
+        has no reading, and page-locked memory the device reads by itself."""
+        return None if self.clock == "virtual" else read_bytes_per_s(attachment.layers)
 
     def environment(self) -> dict[str, Any]:
         return {"device": str(self.device.device), "clock": self.clock}

@@ -47,8 +47,9 @@ class Throttle:
         def to_(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             result = to(self, *args, **kwargs)
             if self.device != result.device:
-                kwargs.pop("copy", None)  # The parser, which is modules', does not know it.
-                throttle._after(self, result, torch._C._nn._parse_to(*args, **kwargs)[2])
+                # The parser is modules', and does not know `copy`, the fourth.
+                kwargs.pop("copy", None)
+                throttle._after(self, result, torch._C._nn._parse_to(*args[:3], **kwargs)[2])
             return result
 
         torch.Tensor.copy_, torch.Tensor.to = copy_, to_

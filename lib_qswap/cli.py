@@ -57,14 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         code = parsed.command(parsed)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except (UsageError, GGUFError) as error:
         message = str(error)
     except OutOfMemoryError as error:
         message = f"the device has no room even for the smallest budget: {error}"
     except BrokenPipeError:  # Whoever reads the output has seen enough, as `head` has.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would flush into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would flush into the pipe at exit.
         return 0
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)

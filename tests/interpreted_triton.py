@@ -6,7 +6,7 @@ import ggml_blocks
 import pytest
 import torch
 
-from lib_qswap.quant import kernels, multiply, multiply_triton
+from lib_qswap.quant import kernel_check, kernels, multiply, multiply_triton
 from lib_qswap.quant.formats import FORMATS
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.quant.unpack import unpack, unpack_with_torch
@@ -15,7 +15,7 @@ from lib_qswap.swap.manager import attach
 BLOCK_TYPES = [row for row in FORMATS.values() if row.unpack and row.dtype is None]
 EVERY_TYPE = pytest.mark.parametrize("format", BLOCK_TYPES, ids=lambda row: row.name)
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-# What a program unpacks; a few elements more are no multiple of it.
+# A multiple of what a program unpacks; a few elements more are none.
 TILE_ELEMENTS = 4096
 
 
@@ -195,7 +195,7 @@ def test_a_product_that_is_wrong_in_one_row_is_left_to_torch(monkeypatch):
 
     def wrong(kernel, packed, inputs, bias, out, block_elements):
         original(kernel, packed, inputs, bias, out, block_elements)
-        out[:, 1] = out[:, 0]
+        out[:, 1] += 0.01 * out[:, 1].abs()
 
     told = []
     monkeypatch.setattr(kernels, "_given_up", set())
@@ -206,6 +206,16 @@ def test_a_product_that_is_wrong_in_one_row_is_left_to_torch(monkeypatch):
     assert multiply.product(weight, torch.ones(1, 512), None) is None
     assert not multiply.serves(weight, torch.ones(1, 512))
     assert "Q5_0 in products" in told[0]
+
+
+@EVERY_TYPE
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_right_product_passes_its_check(format, dtype, biased):
+    kernel = kernels.load(format)
+    for tokens, address in ((1, 0), (2, kernel.alignment)):
+        inputs, bias = torch.ones((tokens, 256), dtype=dtype), torch.ones(8, dtype=dtype) if biased else None
+        kernel_check.check_product(kernel, format, address, inputs, bias)
 
 
 def test_only_what_a_kernel_can_multiply_is_taken_from_torch():

@@ -9,7 +9,7 @@ import ggml_blocks
 import pytest
 import torch
 
-from lib_qswap.quant import kernels
+from lib_qswap.quant import kernels, unpack_bnb, unpack_codebook, unpack_legacy
 from lib_qswap.quant.formats import FORMATS
 from lib_qswap.quant.unpack import unpack, unpack_with_torch
 
@@ -24,18 +24,15 @@ class FakeKernel:
 
     alignment = 4
 
-    def __init__(self, error: Exception | None = None, wrong: slice = slice(0)) -> None:
-        self.error, self.wrong = error, wrong
+    def __init__(self, error: Exception | None = None, wrong: slice = slice(0), format=Q4_K) -> None:
+        self.error, self.wrong, self.format = error, wrong, format
         self.calls = -1
 
     def unpack(self, packed, out, block_elements, dtype):
         self.calls += 1
         if self.error is not None:
             raise self.error
-        block_bytes = packed.numel() * block_elements // out.numel()
-        sizes = (block_elements, block_bytes)
-        format = next(row for row in FORMATS.values() if (row.block_elements, row.block_bytes) == sizes)
-        unpack_with_torch(format, packed, out, dtype)
+        unpack_with_torch(self.format, packed, out, dtype)
         out.view(-1)[self.wrong] += 1
 
 
@@ -93,16 +90,48 @@ def test_a_kernel_with_one_wrong_value_is_not_used(told, served, wrong):
     assert "its values are not those of PyTorch's operations" in told[0]
 
 
-def test_a_kernel_is_checked_on_the_cpu_whatever_the_default_device_is(told, served):
-    kernel = served(FakeKernel())
+BLOCK_TYPES = [row for row in FORMATS.values() if row.unpack and row.dtype is None]
+
+
+@pytest.mark.parametrize("format", BLOCK_TYPES, ids=lambda row: row.name)
+def test_a_kernel_is_checked_on_the_cpu_whatever_the_default_device_is(told, served, format):
+    kernel = served(FakeKernel(format=format))
+    blocks = torch.from_numpy(ggml_blocks.random_blocks(format, 8, "ordinary"))
+    expected = unpack_with_torch(format, blocks, torch.empty(8, format.block_elements), torch.float32)
+    for cache in (unpack_codebook._pair_table, unpack_bnb._pair_table, unpack_legacy._bits_to_top):
+        cache.cache_clear()  # Tables are made once.
+    out = torch.empty(8, format.block_elements)
     torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float16)
     try:
-        packed, out = some_blocks(), torch.empty(8, 256, dtype=torch.float16, device="cpu")
-        unpack(Q4_K, packed, out)
+        unpack(format, blocks, out)
     finally:
         torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
     assert told == []
     assert kernel.calls == 1
+    assert torch.equal(out, expected)
+
+
+def test_running_out_of_memory_is_no_failure_of_the_kernel(told, served):
+    served(FakeKernel(torch.cuda.OutOfMemoryError("full")))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        unpacked()
+    kernel = served(FakeKernel())
+    unpacked()
+    assert told == []
+    assert kernel.calls == 1
+
+
+def test_blocks_at_another_kind_of_address_are_another_check(told, served):
+    kernel = served(FakeKernel())
+    blocks = some_blocks()
+    buffer = torch.empty(blocks.numel() + 32, dtype=torch.uint8)
+    for count, address in enumerate((0, 0, 4, 4), 1):
+        start = (address - buffer.data_ptr()) % 16
+        packed = buffer[start : start + blocks.numel()].view(blocks.shape).copy_(blocks)
+        unpack(Q4_K, packed, torch.empty(8, 256))
+        assert kernel.calls == count + (count > 2)
 
 
 def test_torch_unpacks_where_the_user_chose_it(served):
@@ -131,8 +160,8 @@ def test_a_kernel_that_fails_is_replaced_for_good_with_one_message(told, served)
     assert "traceback" not in told[0]
     assert kernels.in_use("cpu") == "Triton, Torch for Q4_K"
     # Others go on.
-    other = served(FakeKernel())
     q8_0 = FORMATS["Q8_0"]
+    other = served(FakeKernel(format=q8_0))
     unpack(q8_0, torch.from_numpy(ggml_blocks.random_blocks(q8_0, 8, "ordinary")), torch.empty(8, 32))
     assert other.calls == 1
 

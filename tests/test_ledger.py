@@ -225,7 +225,7 @@ def test_a_message_is_told_once_and_kept(caplog):
 
 
 def test_a_message_with_other_numbers_replaces_the_former_and_is_logged_where_they_differ_much(caplog):
-    for megabytes in (1000, 990, 1010, 400):
+    for megabytes in (1000, 990, 1010, 880, 790, 400):
         ledger.message(f"model: {megabytes} MB are too few; the largest layer takes 28.5.", "warning")
     ledger.message("model: 400 MB are enough.")
     texts = [message["text"] for message in ledger.snapshot()["messages"]]
@@ -234,7 +234,15 @@ def test_a_message_with_other_numbers_replaces_the_former_and_is_logged_where_th
         "model: 400 MB are enough.",
     ]
     logged = [record.message.split()[1] for record in caplog.records if "too few" in record.message]
-    assert logged == ["1000", "400"]
+    assert logged == ["1000", "790", "400"]
+
+
+def test_messages_about_things_with_numbers_in_their_names_are_all_told(caplog):
+    texts = ["Q4_K failed.", "Q5_K failed.", "blocks.10 is bad", "blocks.11 is bad", "a\0.gguf", "a1.gguf"]
+    for text in texts:
+        ledger.message(text, "warning")
+    assert [message["text"] for message in ledger.snapshot()["messages"]] == texts
+    assert [record.message for record in caplog.records if record.name == "qswap"] == texts
 
 
 def test_a_model_that_is_left_to_the_host_is_in_the_snapshot_with_the_reason():

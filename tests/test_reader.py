@@ -75,7 +75,10 @@ def read(one, source, pieces, idle_s=0.0):
         source.clock.now_s += idle_s
 
 
-@pytest.mark.parametrize(("parallel", "cores", "kept"), [(8, 8, 4), (2, 8, 2), (8, 4, 2), (8, 64, 4)])
+@pytest.mark.parametrize(
+    ("parallel", "cores", "kept"),
+    [(8, 8, 4), (2, 8, 2), (8, 4, 2), (8, 6, 2), (8, 7, 2), (8, 12, 4), (8, 64, 4)],
+)
 def test_as_many_threads_are_kept_as_are_faster_and_have_cores(make, clock, parallel, cores, kept):
     one, source = make(cores), Source(clock, parallel=parallel)
     read(one, source, 60)

@@ -80,11 +80,12 @@ def test_a_product_is_summed_by_fused_multiply_adds_and_needs_no_stack(name, com
     assert made.asm["ptx"].count("shfl.sync") < 2 * 5 + 16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["exact", "like Forge"])
 @EVERY_TYPE
-def test_the_code_of_a_kernel_keeps_every_rounding_and_stores_sixteen_bytes_at_once(format, compiled):
+def test_the_code_of_a_kernel_keeps_every_rounding_and_stores_sixteen_bytes_at_once(format, dtype, compiled):
     packed = torch.empty(64 * format.block_bytes, dtype=torch.uint8)
     out = torch.empty(64 * format.block_elements, dtype=torch.bfloat16)
-    kernels.load(format).unpack(packed, out, format.block_elements)
+    kernels.load(format).unpack(packed, out, format.block_elements, dtype)
     (made,) = compiled
     code = made.asm["ptx"]
     # Without a rounding of its own, a product may be fused with a sum later on.

@@ -87,11 +87,14 @@ def unpack_with_triton(
     if not out.numel():
         return True
     try:
-        key = (format.name, out.device, out.dtype, dtype)
-        if key not in _checked:
-            kernel_check.check_unpack(kernel, format, out.device, out.dtype, dtype)
+        # Triton compiles once more for addresses that are no multiple of 16.
+        key = (format.name, out.device, out.dtype, dtype, packed.data_ptr() % 16 == 0)
+        if key not in _checked and not _is_captured(out.device):
+            kernel_check.check_unpack(kernel, format, packed.data_ptr() % 16, out, dtype)
             _checked.add(key)
         kernel.unpack(packed, out, format.block_elements, dtype)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:  # of the compiler, the C compiler, the driver: each has its own
         _give_up(format.name, out.device.type, error)
         return False
@@ -110,15 +113,23 @@ def product_with_triton(
     try:
         from .multiply_triton import multiply
 
-        key = (format.name, out.device, out.dtype, len(out), bias is not None and bias.dtype)
-        if key not in _checked:
-            kernel_check.check_product(kernel, format, inputs, bias)
+        bias_dtype = None if bias is None else bias.dtype
+        key = (format.name, out.device, out.dtype, len(out), bias_dtype, packed.data_ptr() % 16 == 0)
+        if key not in _checked and not _is_captured(out.device):
+            kernel_check.check_product(kernel, format, packed.data_ptr() % 16, inputs, bias)
             _checked.add(key)
         multiply(kernel, packed, inputs, bias, out, format.block_elements)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:
         _give_up(_PRODUCT.format(format.name), inputs.device.type, error)
         return None
     return out
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether what is launched goes into a CUDA graph, which no check can be part of."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def has_product(format: Format, device: torch.device) -> bool:

@@ -8,6 +8,7 @@ for a device, and all memory comes from torch's allocator, on the current stream
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Literal
 
@@ -20,6 +21,7 @@ from .words import BLOCK_GRANULE
 
 Arithmetic = Literal["exact", "like Forge"]
 
+_ON_CPU, _ANYWHERE = torch.device("cpu"), contextlib.nullcontext()
 _CPU_KINDS: dict[str, Callable[[int], unpack_cpu.ChunkUnpacker]] = {
     kind.__name__: kind
     for kind in (
@@ -94,8 +96,9 @@ def _with_torch(
     format: Format, packed: Tensor, out: Tensor, function: UnpackFunction, rounding: torch.dtype | None
 ) -> None:
     exact = function is format.unpack and format.dtype is None
-    # Most operations here are short, and cheaper in inference mode; `out` may come from either mode.
-    with torch.inference_mode():
+    # Most operations here are short, and cheaper in inference mode; `out` may come from either mode. Tables
+    # and the CPU's buffers are made on the CPU, whatever device somebody has made the default.
+    with torch.inference_mode(), _ON_CPU if torch.get_default_device().type != "cpu" else _ANYWHERE:
         blocks = packed.view(-1, format.block_bytes)
         values = out.view(-1, format.block_elements)
         kind = _CPU_KINDS.get(format.name) if exact and out.device.type == "cpu" else None

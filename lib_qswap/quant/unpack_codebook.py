@@ -22,7 +22,7 @@ E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 @lru_cache(maxsize=16)
 def _pair_table(values: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 (0x0F10,): entry 256 * b + a is fp32 `values[a]`, `values[b]`."""
-    pairs = torch.zeros((16, 256, 2))
+    pairs = torch.zeros((16, 256, 2), dtype=torch.float32)
     pairs[:, :16, 0] = torch.tensor(values)
     pairs[:, :, 1] = torch.tensor(values)[:, None]
     return pairs.view(torch.int64).view(-1)[:0x0F10].to(device)

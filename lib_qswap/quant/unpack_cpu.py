@@ -36,7 +36,7 @@ class ChunkUnpacker:
         """words: shape of the buffer for the numbers as bytes, plane by plane, eight in an int64."""
         self.words = torch.empty(words, dtype=torch.int64)
         self.bytes = self.words.view(-1).view(torch.int8 if self.signed else torch.uint8)
-        self.numbers = torch.empty(self.bytes.numel())
+        self.numbers = torch.empty(self.bytes.numel(), dtype=torch.float32)
         self.rows = self.planes_of_numbers()
 
     def planes_of_numbers(self) -> Sequence[Tensor]:
@@ -89,7 +89,7 @@ def unpack_whole_chunks(
         return 0
     unpacker = kind(chunk)
     rounded = values.dtype != torch.float32
-    unrounded = torch.empty((chunk, elements)) if rounded else values
+    unrounded = torch.empty((chunk, elements), dtype=torch.float32) if rounded else values
     planes = unpacker.planes_of_values(unrounded) if rounded else ()
     for first in range(0, chunks, _CHUNKS_OF_SCALES):
         count = min(_CHUNKS_OF_SCALES, chunks - first)

@@ -49,13 +49,16 @@ class _SixBitScales:
         self.words = torch.empty((5, n), dtype=torch.int64).unbind(0)
         self.even, self.odd = small = torch.empty((2, n), dtype=torch.int64)
         self.bytes = small.view(torch.uint8)
-        self.numbers = torch.empty((2, 8 * n))  # of each plane (n, 4, 2): scale, minimum
-        self.halves = torch.empty(4 * n)
-        self.repeated = torch.empty(8 * n)
+        self.numbers = torch.empty((2, 8 * n), dtype=torch.float32)  # of each plane (n, 4, 2): scale, minimum
+        self.halves = torch.empty(4 * n, dtype=torch.float32)
+        self.repeated = torch.empty(8 * n, dtype=torch.float32)
         # Copies of 16 bytes at a time: of shorter ones there would be more, and rows of 4 take longer.
         self.repeat_from = self.halves.view(torch.complex128)
         self.repeat_to = self.repeated.view(torch.complex128).view(n, 2).unbind(1)
-        self.units = [torch.tensor([unit, 1.0]).repeat(4 * n) if unit != 1 else None for unit in units]
+        self.units = [
+            torch.tensor([unit, 1.0], dtype=torch.float32).repeat(4 * n) if unit != 1 else None
+            for unit in units
+        ]
 
     def __call__(self, blocks: Tensor) -> Tensor:
         """fp32 (2, 4 * n, 2), valid until the next call."""
@@ -197,7 +200,7 @@ class Q2_K(_Groups16):
         self.pairs = torch.empty((blocks, 16), dtype=torch.int32)
         self.pair_words = as_words(self.pairs)
         self.masks = _every_byte(0x03, 0x0C, 0x30, 0xC0)[:, None]
-        self.units = torch.tensor([1, 1 / 4, 1 / 16, 1 / 64])[:, None]
+        self.units = torch.tensor([1, 1 / 4, 1 / 16, 1 / 64], dtype=torch.float32)[:, None]
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
         small = as_words(blocks.view(torch.int32)[:, :4].contiguous())

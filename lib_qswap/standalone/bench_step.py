@@ -119,7 +119,6 @@ class _Bench:
         except OutOfMemoryError:
             return row | {"out_of_memory": True}
         model = self.host.snapshot()["models"][-1]
-        attachment = ledger.attachments()[-1]
         ram = rss_bytes()
         return row | {
             "budget_bytes": summary.budget_bytes,
@@ -132,5 +131,5 @@ class _Bench:
             "rss_bytes": None if ram is None or self.ram_before is None else ram - self.ram_before,
             "output_sha256": summary.output_sha256,
             "link_bytes_per_s": model["step"]["link_bytes_per_s"],
-            "home_bytes_per_s": read_bytes_per_s(attachment.layers, attachment.state.copier.reader.threads),
+            "home_bytes_per_s": read_bytes_per_s(ledger.attachments()[-1].layers),
         }

@@ -16,12 +16,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_qswap.quant.packed import PackedTensor
-from lib_qswap.swap.copier import STAGING_BUFFER_BYTES
-from lib_qswap.swap.reader import Reader
+from lib_qswap.swap.copier import staging_buffer_bytes
+from lib_qswap.swap.reader import Reader, most_threads
 
 if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer
 
+MOST_READ_BYTES = 1 << 30
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
@@ -105,17 +106,26 @@ def reset_peak_device_bytes(device: torch.device) -> None:
         reset()
 
 
-def read_bytes_per_s(layers: Sequence[Layer], threads: int = 1) -> float | None:
-    """How fast so many threads read the masters of `layers` into a small buffer; None where the device reads
-    all of them by itself, from page-locked memory."""
+def read_bytes_per_s(layers: Sequence[Layer]) -> float | None:
+    """How fast the masters of `layers` are read into a small buffer, by the number of threads that is fastest
+    here; None where the device reads all of them by itself, from page-locked memory."""
     if all(layer.home.page_locked for layer in layers):
         return None
-    buffer = torch.empty(STAGING_BUFFER_BYTES, dtype=torch.uint8)
+    return max(_read_by(threads, layers) for threads in (1, 2, 4) if threads <= most_threads())
+
+
+def _read_by(threads: int, layers: Sequence[Layer]) -> float:
+    """Bytes per second, of the first gigabyte."""
+    buffer = torch.empty(staging_buffer_bytes(threads), dtype=torch.uint8)
     reader = Reader(threads=threads)
-    begun = time.perf_counter()
-    for layer in layers:
-        for start in range(0, layer.payload_bytes, buffer.numel()):
-            reader.read(layer.home, buffer[: layer.payload_bytes - start], start)
-    taken_s = time.perf_counter() - begun
-    reader.close()
-    return sum(layer.payload_bytes for layer in layers) / taken_s
+    nbytes, begun = 0, time.perf_counter()
+    try:
+        for layer in layers:
+            for start in range(0, layer.payload_bytes, buffer.numel()):
+                reader.read(layer.home, buffer[: layer.payload_bytes - start], start)
+            nbytes += layer.payload_bytes
+            if nbytes >= MOST_READ_BYTES:
+                break
+        return nbytes / (time.perf_counter() - begun)
+    finally:
+        reader.close()

@@ -25,10 +25,15 @@ if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer
     from lib_qswap.swap.ring import Slot
 
+# Where several threads read, half as many buffers of twice the size: handing out a piece to them and waiting
+# for the last takes a good part of the time in which they read it.
 STAGING_BUFFER_BYTES = 8 << 20
 STAGING_BUFFERS = 4
-"""Where several threads read, half as many buffers of twice the size: handing out a piece to them and waiting
-for the last takes a good part of the time in which they read it."""
+
+
+def staging_buffer_bytes(threads: int) -> int:
+    """Of each, where so many threads read."""
+    return STAGING_BUFFER_BYTES * (2 if threads > 1 else 1)
 
 
 ISSUED = threading.Event()
@@ -240,7 +245,7 @@ class Copier:
             assert home.payload is not None
             target.copy_(home.payload, non_blocking=True)
         elif self._staging:
-            buffer_bytes = STAGING_BUFFER_BYTES * (2 if self.reader.threads > 1 else 1)
+            buffer_bytes = staging_buffer_bytes(self.reader.threads)
             if buffer_bytes != self._staging[0][0].numel():
                 self._split_staging(buffer_bytes)
             for start in range(0, target.numel(), buffer_bytes):

@@ -22,10 +22,13 @@ log = logging.getLogger("qswap")
 
 _lock = threading.RLock()  # Garbage collection may end a model, with a message, while it is held.
 _attachments: dict[int, weakref.ref[Attachment]] = {}  # by serial; written and copied in one step each
-_messages: deque[dict[str, Any]] = deque(maxlen=64)
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_MOST_MESSAGES = 64
+_messages: deque[dict[str, Any]] = deque(maxlen=_MOST_MESSAGES)
+_AMOUNT = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?= [MG]B\b)")
+"""Of memory: what else has digits is a name, or makes another sentence."""
 CLOSE = 0.2
-"""Of the larger one of two numbers, up to which a message says nothing new."""
+"""Of the larger one of two amounts, up to which a message says nothing new."""
+_logged: dict[str, list[float]] = {}  # amounts by the sentence without them, of what is in _messages
 _notes: dict[str, dict[str, Any]] = {}
 
 
@@ -38,25 +41,27 @@ def unregister(attachment: Attachment) -> None:
 
 
 def message(text: str, level: str = "info") -> None:
-    """Tells the user something, once: in the log and in the page. The same sentence again takes the place of
-    the former one in the page, and is logged only where one of its numbers has changed by a fifth."""
+    """Tells the user something, once: in the log and in the page. The same sentence with other amounts of
+    memory takes the place of the former one in the page, and is logged only where one of them differs by a
+    fifth from what was logged."""
+    words = _AMOUNT.sub("\0", text)
+    amounts = [float(amount) for amount in _AMOUNT.findall(text)]
     with _lock:
-        words = _NUMBER.sub("#", text)
-        known = next((entry for entry in _messages if _NUMBER.sub("#", entry["text"]) == words), None)
+        known = next((entry for entry in _messages if _AMOUNT.sub("\0", entry["text"]) == words), None)
         if known is not None:
             _messages.remove(known)
         _messages.append({"t": time.time(), "level": level, "text": text})
-        if known is not None and _close(_numbers(known["text"]), _numbers(text)):
+        logged = _logged.get(words) if known is not None else None
+        if logged is not None and all(map(_close, logged, amounts)):
             return
+        if len(_logged) > 4 * _MOST_MESSAGES:
+            _logged.clear()
+        _logged[words] = amounts
     log.log(getattr(logging, level.upper()), "%s", text)
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(number) for number in _NUMBER.findall(text)]
-
-
-def _close(former: list[float], now: list[float]) -> bool:
-    return all(abs(new - old) <= CLOSE * max(old, new) for old, new in zip(former, now, strict=True))
+def _close(logged: float, amount: float) -> bool:
+    return abs(amount - logged) <= CLOSE * max(logged, amount)
 
 
 kernels.report_to(functools.partial(message, level="warning"))

@@ -54,7 +54,7 @@ class Reader:
         self.threads = threads or 1
         self._clock = clock
         self._others: list[OtherThread] = []
-        self._most = 1 if threads else min(MOST_THREADS, available_cores() // CORES_PER_THREAD)
+        self._most = 1 if threads else most_threads()
         self._measuring = self._most > 1
         self._since_trial = 0
         self._rate_of_fewer: float | None = None
@@ -71,6 +71,8 @@ class Reader:
         """
         begun = self._clock()
         nbytes = destination.numel()
+        if not nbytes:
+            return
         threads = max(1, min(self.threads, nbytes // LEAST_BYTES))
         each = -(-nbytes // threads // PAGE_BYTES) * PAGE_BYTES
         pieces = [(start, destination[start : start + each]) for start in range(0, nbytes, each)]
@@ -103,7 +105,7 @@ class Reader:
         if fewer is not None and rate < WORTH * fewer:
             self._use(self.threads // 2)
             self._measuring = False
-        elif self.threads == self._most:
+        elif 2 * self.threads > self._most:
             self._measuring = False
         elif self._reading_s >= BUSY * (self._clock() - self._begun):
             self._rate_of_fewer = rate
@@ -119,7 +121,7 @@ class Reader:
     def close(self) -> None:
         """Ends the other threads, if any."""
         self._use(1)
-        self._measuring, self._rate_of_fewer = self._most > 1, None
+        self._measuring, self._since_trial, self._rate_of_fewer = self._most > 1, 0, None
         self._restart()
 
 
@@ -161,6 +163,13 @@ def _read_all(
         # Nothing of a model is held on to while there is nothing to read.
         del item, source, destination
         answers.put(error)
+        del error  # Its traceback would.
+
+
+def most_threads() -> int:
+    """That may read here: 1, 2 or 4."""
+    most = min(MOST_THREADS, available_cores() // CORES_PER_THREAD)
+    return 1 << most.bit_length() - 1 if most else 1
 
 
 def available_cores() -> int:
