@@ -98,7 +98,7 @@ def _with_torch(
     exact = function is format.unpack and format.dtype is None
     # Most operations here are short, and cheaper in inference mode; `out` may come from either mode. Tables
     # and the CPU's buffers are made on the CPU, whatever device somebody has made the default.
-    with torch.inference_mode(), _ON_CPU if torch.get_default_device().type != "cpu" else _ANYWHERE:
+    with torch.inference_mode(), _ANYWHERE if torch.empty(0).device.type == "cpu" else _ON_CPU:
         blocks = packed.view(-1, format.block_bytes)
         values = out.view(-1, format.block_elements)
         kind = _CPU_KINDS.get(format.name) if exact and out.device.type == "cpu" else None
