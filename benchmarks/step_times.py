@@ -12,8 +12,8 @@ packed weights as plain bytes and compute with QSwap's own unpacking, so that on
 The bound is max(compute, swapped bytes / bandwidth). A row's `least_s` is what no choice of residents within
 its budget can be below: a stretch of layers whose bytes take longer than its compute waits for the link,
 whatever the rest of the model does (`planner.least_step`). Compute is the step of the same model with all of
-it on the device, in the same run; the bandwidth is the link's, or what is read from the home where
-that is less. Steps follow each other without waiting for the device, as a sampler's do.
+it on the device, in the same run; the bandwidth is the link's, or that of reading the home where
+it is less. Steps follow each other without waiting for the device, as a sampler's do.
 
 On the simulated accelerator three cases differ in the link: one that compute decides, a balanced one and one
 that the link decides. Layers keep the device busy for set times (step_models.py). Copies from pageable

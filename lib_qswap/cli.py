@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         code = parsed.command(parsed)
-        print(end="", flush=True)
+        print(end="", flush=True)  # A closed pipe shows here, not when Python ends.
         return code
     except (UsageError, GGUFError) as error:
         message = str(error)

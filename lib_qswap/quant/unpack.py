@@ -3,7 +3,8 @@
 One of `kernels` does it where there is one, else torch's operations do, in chunks: a chunk's temporaries fit
 into a CPU's caches, or, on an accelerator, where small ones would be many launches, into 64 MB. On a CPU the
 K types have a way of their own, `unpack_cpu`, for all but the rest that fills no chunk. Nothing here waits
-for a device, and all memory comes from torch's allocator, on the current stream.
+for a device, but for a kernel's first check, and all memory comes from torch's allocator, on the current
+stream.
 """
 
 from __future__ import annotations

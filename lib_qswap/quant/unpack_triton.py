@@ -8,9 +8,9 @@ What holds for every such function, `parts(packed, table, blocks, TILE, DTYPE)`:
 to the type's `table`, if it has one. blocks is int32 (TILE,), the numbers of the blocks to unpack, counted
 from packed; they may come more than once. It returns the numbers, fp32 (TILE, groups, elements of a group),
 the scales, fp32 (TILE, groups), and the offsets of a type that has them. A value is number * scale, with its
-offset added or taken off as gguf-py does it. DTYPE is fp32, or for Forge's arithmetic what a block's
-fp16 scales are rounded to, and then every further result. Bytes are taken four at a time, as words, and so
-are their bits: `spread` comes last.
+offset added or taken off as gguf-py does it. DTYPE is fp32, or for Forge's arithmetic what a block's fp16
+scales are rounded to, and then every further result. Bytes are taken four at a time, as words, and so are
+their bits: `spread` comes last.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def measure(
     it does not fit. `on_progress` is called with the share of the rows that are done.
 
     A row has the step, its bound, max(compute, swapped bytes / bandwidth), and how many times the bound the
-    step took; the bandwidth is the link's, or what is read from the home where that is less. Its
+    step took; the bandwidth is the link's, or that of reading the home where it is less. Its
     bytes are the device's peak, what is page-locked, and by how much the process's RAM has grown since before
     the model was opened; None where that is not known. A row without room for its budget has "out_of_memory"
     instead.

@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap.copier import staging_buffer_bytes
-from lib_qswap.swap.reader import Reader, most_threads
+from lib_qswap.swap.reader import Reader, numbers_of_threads
 
 if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer
 
-MOST_READ_BYTES = 1 << 30
+_MOST_READ_BYTES = 1 << 30
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
@@ -111,7 +111,7 @@ def read_bytes_per_s(layers: Sequence[Layer]) -> float | None:
     here; None where the device reads all of them by itself, from page-locked memory."""
     if all(layer.home.page_locked for layer in layers):
         return None
-    return max(_read_by(threads, layers) for threads in (1, 2, 4) if threads <= most_threads())
+    return max(_read_by(threads, layers) for threads in numbers_of_threads())
 
 
 def _read_by(threads: int, layers: Sequence[Layer]) -> float:
@@ -124,7 +124,7 @@ def _read_by(threads: int, layers: Sequence[Layer]) -> float:
             for start in range(0, layer.payload_bytes, buffer.numel()):
                 reader.read(layer.home, buffer[: layer.payload_bytes - start], start)
             nbytes += layer.payload_bytes
-            if nbytes >= MOST_READ_BYTES:
+            if nbytes >= _MOST_READ_BYTES:
                 break
         return nbytes / (time.perf_counter() - begun)
     finally:

@@ -29,8 +29,8 @@ BUSY = 0.8
 """More threads are tried only where reading takes this share of the time: else it is the link, or the
 computation, that takes long."""
 
+NUMBERS_OF_THREADS = (1, 2, 4)
 CORES_PER_THREAD = 2
-MOST_THREADS = 4
 LEAST_BYTES = 256 << 10
 """For one thread: handing less to another takes as long as reading it."""
 PAGE_BYTES = 4096
@@ -46,7 +46,7 @@ class Reader:
     """Fills staging buffers; called by one thread.
 
     Attributes:
-        threads: that read now, the caller's among them: 1, 2 or 4.
+        threads: that read now, the caller's among them.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, *, threads: int | None = None) -> None:
@@ -54,7 +54,7 @@ class Reader:
         self.threads = threads or 1
         self._clock = clock
         self._others: list[OtherThread] = []
-        self._most = 1 if threads else most_threads()
+        self._most = 1 if threads else max(numbers_of_threads())
         self._measuring = self._most > 1
         self._since_trial = 0
         self._rate_of_fewer: float | None = None
@@ -166,10 +166,10 @@ def _read_all(
         del error  # Its traceback would.
 
 
-def most_threads() -> int:
-    """That may read here: 1, 2 or 4."""
-    most = min(MOST_THREADS, available_cores() // CORES_PER_THREAD)
-    return 1 << most.bit_length() - 1 if most else 1
+def numbers_of_threads() -> tuple[int, ...]:
+    """Of `NUMBERS_OF_THREADS` those that there are cores for, and 1."""
+    cores = available_cores()
+    return tuple(n for n in NUMBERS_OF_THREADS if n == 1 or n * CORES_PER_THREAD <= cores)
 
 
 def available_cores() -> int:
