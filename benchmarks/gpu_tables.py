@@ -108,7 +108,7 @@ def _engine(suite: Row) -> list[str]:
 
 def _errors(suite: Row) -> list[str]:
     """What was not measured, or not to the end."""
-    return [f"The part *{name}* {error}." for name, error in suite.get("errors", {}).items()]
+    return [f"Not measured to the end: {name} ({error})." for name, error in suite.get("errors", {}).items()]
 
 
 def _steps(case: Row) -> list[str]:
