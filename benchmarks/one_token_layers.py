@@ -1,24 +1,38 @@
 """Layers that see one token cost a transfer and no compute: four ways to treat Flux's modulation layers.
 
-    python benchmarks/one_token_layers.py [--json FILE]
+    python benchmarks/one_token_layers.py [--measured] [--json FILE]
 
 They are 27 % of Flux's weights. For each share of the weights that is resident, the predicted step of: every
 layer treated alike (residents spread over bytes); modulation layers resident first; the planner's own choice,
-which knows only times and bytes; and, as the limit of keeping their outputs for a pass with the same prompt
-and sigma, a model without them.
+which knows only times and bytes; and, with their outputs kept for a pass with the same prompt and sigma, a
+model without them. `--measured`: also the steps of a first and of a second image on the simulated
+accelerator.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import planner_models
+import torch
+from step_models import BusyFlux, BusyLinear, flux_work, lend_to_busy_layers
+from step_rigs import SimulatedRig
+from step_runner import WARM_UP_STEPS, budget_bytes
+from torch import Tensor, nn
 
+from lib_qswap.standalone.demo_file import demo_file
+from lib_qswap.swap import ledger
+from lib_qswap.swap.kept_outputs import FLUX_LAYERS, Conditioning
+from lib_qswap.swap.manager import attach
 from lib_qswap.swap.planner import LayerCost, make_plan, predict_step, spread
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # for the simulated accelerator
 
 CASES = (
     ("Q4_K", 1024, 12, 8e9),
@@ -30,8 +44,11 @@ CASES = (
 )
 """Type, pixels of a side, TFLOPS, link in bytes/s."""
 SHARES = (0.0, 0.25, 0.5)
+STEPS = 12
 RING_LAYERS = 4
 """The ring of the ways that choose none, in sizes of the largest layer."""
+
+Row = dict[str, Any]
 
 
 def is_modulation(layer: LayerCost) -> bool:
@@ -60,7 +77,7 @@ def step_s(layers: Sequence[LayerCost], resident: Collection[str], link: float) 
     return predict_step(layers, resident, ring_bytes=ring, link_bytes_per_s=link)
 
 
-def measure(type_name: str, pixels: int, tflops: float, link: float, share: float) -> dict[str, Any]:
+def measure(type_name: str, pixels: int, tflops: float, link: float, share: float) -> Row:
     layers = planner_models.flux(getattr(planner_models, type_name), tflops, pixels)
     others = [layer for layer in layers if not is_modulation(layer)]
     resident_bytes = share * sum(layer.nbytes for layer in layers)
@@ -79,8 +96,74 @@ def measure(type_name: str, pixels: int, tflops: float, link: float, share: floa
     }
 
 
+class Modulated(nn.Module):
+    """The layers of a `BusyFlux` in their order; those of the modulation see the time instead of the image.
+
+    Attributes:
+        modulation: the names of those.
+    """
+
+    def __init__(self, model: BusyFlux) -> None:
+        super().__init__()
+        self.model = model
+        names = [name for name, module in self.named_modules() if isinstance(module, BusyLinear)]
+        of_flux = dict(zip(names, flux_work(), strict=True))
+        self.modulation = {name for name in names if re.search(FLUX_LAYERS, of_flux[name])}
+        self._order = names
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        for name in self._order:
+            layer = self.get_submodule(name)
+            x = x + layer(time) if name in self.modulation else layer(x)
+        return x
+
+
+def steps_of_images(rig: SimulatedRig, share: float) -> Row:
+    """The mean step of a first and of a second image, each without its first steps, which are measured for
+    the plan or change it; and whether both end alike."""
+    model = Modulated(cast(BusyFlux, rig.qswap_model()))
+    layers = "|".join(map(re.escape, model.modulation))
+    conditioning = Conditioning(("time",), ("x",), f"^({layers})$")
+    options: dict[str, Any] = {"compute_dtype": torch.bfloat16, "conditioning": conditioning}
+    attachment = attach(model, device="simgpu", location="shared", budget_bytes=0, **options)
+    lend_to_busy_layers(attachment)
+    attachment.modules.keep_outputs(attachment)
+    attachment.rebalance(budget_bytes(attachment, share))
+    (x,) = rig.inputs(model)
+    driver, row, ends = rig.device, {}, []
+    for image in ("first", "second"):
+        marks = []
+        attachment.run.begin(STEPS)
+        for step in range(STEPS):
+            marks.append(driver.new_event(timing=True))
+            driver.record(marks[-1], driver.current_stream())
+            output = model(x, torch.full_like(x, step))
+        driver.synchronize()
+        ends.append(output.cpu())
+        # The last step has nothing to fetch for the next one.
+        row[f"{image}_image_s"] = (
+            marks[WARM_UP_STEPS].elapsed_time(marks[-1]) * 1e-3 / (STEPS - 1 - WARM_UP_STEPS)
+        )
+        row[f"{image}_image_bytes"] = ledger.model_snapshot(attachment)["bytes"]["swapped_per_step"]
+    attachment.detach()
+    return row | {"same": torch.equal(*ends)}
+
+
+def measured_rows(file: Path) -> list[Row]:
+    """A step computes for a second, and the link takes `case` seconds for the whole model."""
+    rig = SimulatedRig(file, compute_s=1.0, virtual=True)
+    rows = []
+    for name, case in rig.cases.items():
+        for share in SHARES:
+            with rig.case(case, 1.0):
+                rows.append({"case": name, "budget_share": share, **steps_of_images(rig, share)})
+            rig.clean_up()
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--measured", action="store_true", help="also on the simulated accelerator")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = [measure(*case, share) for case in CASES for share in SHARES]
@@ -92,8 +175,15 @@ def main() -> None:
         seconds = [f"{row[f'{way}_s']:.3f}" for way in ("compute", *ways)]
         cells = (row["type"], row["pixels"], row["tflops"], link, share, *seconds)
         print(" ".join(f"{cell:>16}" for cell in cells))
+    result: Row = {"predicted": rows}
+    if arguments.measured:
+        result["measured"] = measured_rows(demo_file("Q4_K"))
+        for row in result["measured"]:
+            seconds = f"{row['first_image_s']:.3f} s a step, second {row['second_image_s']:.3f} s"
+            wrong = "" if row["same"] else "; THEIR OUTPUTS DIFFER"
+            print(f"{row['case']}, budget {row['budget_share']:.0%}: first image {seconds}{wrong}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -174,7 +174,9 @@
                 id: "travels",
                 label: "Travels each step",
                 value: bytes(size.swapped_per_step),
-                detail: rate === null ? "no step yet" : `at ${bytes(rate)}/s`,
+                detail:
+                    (rate === null ? "no step yet" : `at ${bytes(rate)}/s`) +
+                    (size.spared_per_step ? `; ${bytes(size.spared_per_step)} spared: prompt and steps seen before` : ""),
             },
             {
                 id: "step",

@@ -149,8 +149,10 @@ def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
 def test_every_location_and_budget_gives_the_same_bits(host):
     hashes, swapped, homes = set(), [], []
     for location in ("auto", "gpu", "shared", "cpu", "disk"):
-        for budget in (None, Budget(share=0.85), Budget(nbytes=0)):
-            host.use(replace(TINY, location=location, budget=budget))
+        for budget in (None, Budget(share=1.2), Budget(nbytes=0)):
+            # With a ring of its own choice the planner may find that it does without residents.
+            host.use(replace(TINY, location=location, budget=budget, ring_bytes=1 << 20))
+            host._attachment.kept_outputs.clear()  # All layers are to travel.
             denoised, summary = host.generate()
             assert denoised.latent.isfinite().all()
             assert denoised.latent.std() > 0.1

@@ -224,3 +224,85 @@ def test_a_file_that_shrinks_while_its_model_is_placed_ends_the_generation_alone
     assert attachment.resident_bytes == 0
     assert small_gpu.sd_models.model_data.forge_hash == ""
     assert any(str(path) in text for text in sm.messages())
+
+
+class Modulation(torch.nn.Module):
+    def __init__(self, lin):
+        super().__init__()
+        self.lin = lin
+
+
+class IntegratedFluxTransformer2DModel(torch.nn.Module):
+    """Layers as large as the others' and named as Forge's Flux names them, half of them modulation."""
+
+    def __init__(self, operations):
+        super().__init__()
+
+        def linear(seed):
+            weight = torch.nn.Parameter(sm.packed_weight("Q8_0", (1024, 1024), seed), requires_grad=False)
+            return operations.ForgeOperations.Linear(weight)
+
+        self.img_in = linear(0)
+        self.single_blocks = torch.nn.ModuleList()
+        for seed in range(3):
+            block = torch.nn.Module()
+            block.modulation, block.linear1 = Modulation(linear(seed)), linear(seed + 1)
+            self.single_blocks.append(block)
+
+    def forward(self, x, timestep, context, y, guidance=None, **kwargs):
+        x = self.img_in(x) / 1000
+        for block in self.single_blocks:
+            x = block.linear1(x) / 1000 + block.modulation.lin(timestep * y) / 1000
+        return x
+
+
+def flux_images(forge, patcher, seeds):
+    """Three steps for each seed, of one prompt: the results, and which layers were used for each."""
+    attachment = forge.qswap("managed").attachment_for(patcher)
+    y, guidance = torch.ones(1, 1024, device=GPU), torch.full((1,), 3.5, device=GPU)
+    results, used = [], []
+    for seed in seeds:
+        forge.memory_management.load_models_gpu([patcher], memory_required=16 * MB)
+        before = {layer.name: layer.times.uses for layer in attachment.layers}
+        with torch.inference_mode():
+            x = torch.full((1, 1024), seed * 1e6, device=GPU)
+            for t in (1.0, 0.6, 0.3):
+                now = torch.full((1,), t, device=GPU)
+                x = patcher.model.diffusion_model(
+                    x, now, context=None, y=y, guidance=guidance, control=None, transformer_options={}
+                )
+            results.append(x.cpu())
+        used.append({layer.name for layer in attachment.layers if layer.times.uses > before[layer.name]})
+    return results, used
+
+
+def test_another_image_of_the_same_prompt_does_without_the_modulation_layers_of_flux(small_gpu):
+    managed = small_gpu.qswap("managed")
+    small_gpu.shared.opts.data["qswap_gpu_budget_mb"] = 1
+    network = IntegratedFluxTransformer2DModel(small_gpu.operations)
+    patcher = small_gpu.patcher_of(network, torch.float32, torch.device(GPU, 0))
+    results, used = flux_images(small_gpu, patcher, (1, 2, 1))
+    names = {layer.name for layer in managed.attachment_of(patcher.model).layers}
+    modulation = {name for name in names if "modulation" in name}
+    assert len(modulation) == 3
+    assert used == [names, names - modulation, names - modulation]
+
+    small_gpu.shared.opts.data["qswap_keep_outputs"] = False
+    fresh, used = flux_images(small_gpu, patcher, (1, 2, 1))
+    assert used == [names] * 3
+    assert all(map(torch.equal, fresh, results))
+    assert torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], results[1])
+
+    managed.release_all()
+    assert not any("forward" in module.__dict__ for module in network.modules())
+
+
+def test_of_a_network_with_another_forward_nothing_is_kept(small_gpu):
+    class IntegratedFluxTransformer2DModel(Network):
+        def forward(self, x, timestep, context, y, guidance, mask):
+            return x
+
+    network = IntegratedFluxTransformer2DModel(small_gpu.operations)
+    patcher = small_gpu.patcher_of(network, torch.float32, torch.device(GPU, 0))
+    assert small_gpu.qswap("managed").attachment_for(patcher).conditioning is None

@@ -44,6 +44,7 @@ def test_the_options_are_those_of_the_architecture_in_their_own_section(forge, s
         "qswap_arithmetic",
         "qswap_compute_dtype",
         "qswap_unpack_kernel",
+        "qswap_keep_outputs",
         "qswap_panel_hz",
         "qswap_log_level",
     }

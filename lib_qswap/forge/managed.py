@@ -15,6 +15,7 @@ import torch
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap import ledger
 from lib_qswap.swap.device import device_of, give_back_freed_ram
+from lib_qswap.swap.kept_outputs import FLUX, SD3, Conditioning
 from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.manager import Attachment
 
@@ -23,6 +24,7 @@ from . import positions, settings
 _attachments: weakref.WeakKeyDictionary[torch.nn.Module, Attachment] = weakref.WeakKeyDictionary()
 _layers: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Attachment, Layer]] = weakref.WeakKeyDictionary()
 _refused: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_CONDITIONINGS = {"IntegratedFluxTransformer2DModel": FLUX, "MMDiTX": SD3}
 _gathered: weakref.WeakKeyDictionary[torch.nn.Module, torch.dtype] = weakref.WeakKeyDictionary()
 
 
@@ -102,7 +104,9 @@ def attachment_for(patcher: Any) -> Attachment:
             roots=_roots(model),
             borrows=_borrows,
             stays_on_host=positions.stays_on_host,
+            conditioning=_conditioning(model),
         )
+        attachment.modules.keep_outputs(attachment)
         _attachments[model] = attachment
         positions.copy_crop_once(attachment)
         for layer in attachment.layers:
@@ -120,6 +124,7 @@ def attachment_for(patcher: Any) -> Attachment:
         pin_budget_bytes=chosen.pin_budget_bytes,
         ring_bytes=chosen.ring_bytes,
         arithmetic=chosen.arithmetic,
+        keeps_outputs=chosen.keeps_outputs,
     )
     return attachment
 
@@ -152,6 +157,13 @@ def _roots(model: torch.nn.Module) -> list[torch.nn.Module]:
         return halves
     # A text encoder is a dictionary of encoders, each a wrapper around the network that is called.
     return [getattr(child, "transformer", child) for child in model.children()] or [model]
+
+
+def _conditioning(model: torch.nn.Module) -> Conditioning | None:
+    """What layers of the model's network depend on the conditioning alone, where it is one that is known."""
+    network = getattr(model, "diffusion_model", None)
+    known = _CONDITIONINGS.get(type(network).__name__)
+    return known if network is not None and known is not None and known.fits(network) else None
 
 
 def _keep_on_host(module: torch.nn.Embedding) -> None:

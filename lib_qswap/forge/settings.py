@@ -103,6 +103,12 @@ OPTIONS: Mapping[str, Option] = {
         choices=("Auto", "Triton", "Torch"),
         infotext="QSwap unpacking",
     ),
+    "qswap_keep_outputs": Option(
+        True,
+        "Keep what depends on the prompt and the time step alone",
+        "outputs of modulation layers (Flux, SD 3) stay in RAM, and another image of the same prompt and "
+        "schedule does not fetch the weights of these layers; the pixels are the same",
+    ),
     "qswap_panel_hz": Option(
         2.0, "Updates of the panel per second", "while the panel is open", minimum=0.1, maximum=10
     ),
@@ -125,6 +131,7 @@ class Settings:
     arithmetic: Literal["exact", "like Forge"]
     compute_dtype: Literal["Auto", "fp16", "bf16"]
     unpack_kernel: Literal["Auto", "Triton", "Torch"]
+    keeps_outputs: bool
     panel_hz: float
     log_level: notices.Level
 
@@ -233,6 +240,7 @@ def _settings(stored: Mapping[str, Any]) -> Settings:
         arithmetic=values["qswap_arithmetic"],
         compute_dtype=values["qswap_compute_dtype"],
         unpack_kernel=values["qswap_unpack_kernel"],
+        keeps_outputs=values["qswap_keep_outputs"],
         panel_hz=values["qswap_panel_hz"],
         log_level=values["qswap_log_level"],
     )

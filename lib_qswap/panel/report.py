@@ -107,6 +107,9 @@ def _model_summary(model: Mapping[str, Any]) -> list[str]:
         stall = step.get("stall_s") or 0.0
         h2d = step.get("h2d_bytes")
         rate = f" at {format_bytes(h2d / seconds)}/s" if h2d else ""
+        spared = size.get("spared_per_step")
+        if spared:
+            rate += f" ({format_bytes(spared)} spared: prompt and steps seen before)"
         lines.append(
             f"{name}: step {_format_seconds(seconds)} (bound {_format_seconds(step.get('bound_s'))}), "
             f"{format_bytes(h2d)} swapped{rate}, stall {_format_seconds(stall)} ({stall / seconds:.0%})"

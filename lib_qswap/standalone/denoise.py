@@ -1,6 +1,6 @@
 """The denoising loop of the stand-alone host: Euler steps along the predicted flow, from noise to a latent.
 
-There is no text encoder and no VAE: text and pooled text are random by the seed, and the finished latent is
+There is no text encoder and no VAE: text and pooled text are random numbers, and the finished latent is
 shown as its principal components. What is left is what swapping is about, the transformer.
 """
 
@@ -21,6 +21,7 @@ PATCH = 2
 PIXELS_PER_TOKEN = 8 * PATCH  # the VAE's factor times the patch
 TEXT_TOKENS = 64
 GUIDANCE = 3.5
+PROMPT_SEED = 0
 
 
 class Denoised(NamedTuple):
@@ -70,7 +71,8 @@ def denoise(
         model: its linear layers may be packed and swapped, as long as each can be called.
         dtype: of the computation; the latent itself stays in fp32 between the steps.
         pixels: side of the image, a multiple of 16.
-        seed: of noise and conditioning, which are drawn on the CPU and thus the same on every device.
+        seed: of the noise. It is drawn on the CPU and thus the same on every device, as is the conditioning,
+            which is one and the same prompt for all seeds.
         synchronize: waits until the step's compute is done; called once per step, for its time.
         on_step: called after each step with the number of steps done; may raise to stop the run.
 
@@ -83,12 +85,13 @@ def denoise(
         raise ValueError(f"steps must be at least 1, not {steps}")
     shape = model.shape
     side = pixels // PIXELS_PER_TOKEN
-    random = torch.Generator().manual_seed(seed)
+    prompt = torch.Generator().manual_seed(PROMPT_SEED)
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=random)
+        return torch.randn(size, generator=prompt)
 
-    latent = draw(1, side * side, shape.out_channels).to(device)
+    noise = torch.Generator().manual_seed(seed)
+    latent = torch.randn((1, side * side, shape.out_channels), generator=noise).to(device)
     text = draw(1, TEXT_TOKENS, shape.context).to(device, dtype)
     pooled = draw(1, shape.vector).to(device, dtype)
     # Fill, Canny and Depth see image conditioning beside the latent.

@@ -20,9 +20,11 @@ from lib_qswap.standalone.measure import DownloadCounter, peak_rss_bytes
 from lib_qswap.swap import ledger
 from lib_qswap.swap.device import device_of
 from lib_qswap.swap.home import LOCATIONS, Location
+from lib_qswap.swap.kept_outputs import FLUX_LAYERS, Conditioning
 from lib_qswap.swap.manager import Attachment, attach
 
 MB = 1 << 20
+CONDITIONING = Conditioning(("pooled", "time", "guidance"), ("img", "txt", "rotation"), FLUX_LAYERS)
 ARITHMETICS: tuple[Arithmetic, ...] = ("exact", "like Forge")
 
 
@@ -136,6 +138,7 @@ class StandaloneHost:
             arithmetic=settings.arithmetic,
             compute_dtype=self._dtype,
             name=self.path.stem,
+            conditioning=CONDITIONING,
         )
         self._attachment.begin_uploads()  # Whoever opened the file still has to press the button.
 

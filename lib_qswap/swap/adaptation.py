@@ -89,6 +89,7 @@ class Adaptation:
             return False
         model.device.empty_cache()
         model.state.streamer.begin_step(id(root), wrap=model.run.goes_on)
+        model.kept_outputs.restart()
         return True
 
     def _take_back(self) -> None:
@@ -139,7 +140,7 @@ class Adaptation:
         grown_bytes = self._growth_for(work)
         budget_bytes = model.budget_bytes - model.grown_bytes + grown_bytes
         plan = model.make_plan(budget_bytes)
-        gain = profile.gain(plan, model.plan, model.layers, model.link_bytes_per_s())
+        gain = profile.gain(plan, model.plan, model.running_layers, model.link_bytes_per_s())
         if gain is None:
             return
         if gain.pays_within(model.run.steps_left):

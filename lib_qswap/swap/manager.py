@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lib_qswap.swap.device import ALIGNMENT_BYTES, Device, align, device_of
 from lib_qswap.swap.device_state import state_of
 from lib_qswap.swap.home import LOCATIONS, Location, choose_homes, default_pin_budget_bytes, has_file
 from lib_qswap.swap.inventory import Inventory
+from lib_qswap.swap.kept_outputs import Conditioning, KeptOutputs
 from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.lease import AnyLease
 from lib_qswap.swap.module_hooks import ModuleHooks
@@ -44,6 +45,9 @@ class Attachment:
         spare_bytes: what may be given on top of the budget that was asked for.
         grown_bytes: the part of it that was given on top, since steps turned out not to need it.
         kept: what the host itself keeps on the device for this model, as long as it runs.
+        kept_outputs: of the layers that depend on the conditioning alone.
+        keeps_outputs: whether any are to be kept.
+        idle_layers: those that the present steps do without.
     """
 
     _serials = itertools.count()
@@ -63,6 +67,7 @@ class Attachment:
         roots: Sequence[torch.nn.Module] | None,
         borrows: Callable[[torch.nn.Module], bool] = lambda _module: False,
         stays_on_host: Callable[[torch.nn.Module, str], bool] = lambda _module, _name: False,
+        conditioning: Conditioning | None = None,
     ) -> None:
         self.serial = next(self._serials)
         self.name = name
@@ -87,6 +92,14 @@ class Attachment:
         self.gathered = self.inventory.gathered
         self.roots = [weakref.ref(root) for root in (roots if roots is not None else [module])]
         self._root_keys = [id(reference()) for reference in self.roots]
+        self.conditioning = conditioning
+        self.keeps_outputs = True
+        self.kept_outputs = KeptOutputs(
+            [layer for layer in self.layers if conditioning is not None and conditioning.covers(layer)],
+            device,
+            self.state.pin_budget,
+        )
+        self.idle_layers: frozenset[Layer] = frozenset()
         self.modules = ModuleHooks(self)
         ledger.register(self)
         # The attachment holds its modules weakly, and lives as long as its model does.
@@ -142,6 +155,11 @@ class Attachment:
         return None if self.budget_bytes is None else self.budget_bytes - self.grown_bytes
 
     @property
+    def running_layers(self) -> list[Layer]:
+        """Those that the present steps compute."""
+        return [layer for layer in self.layers if layer not in self.idle_layers]
+
+    @property
     def active(self) -> bool:
         return self.plan is not None
 
@@ -157,9 +175,13 @@ class Attachment:
         pin_budget_bytes: int | None,
         ring_bytes: int | None,
         arithmetic: Arithmetic,
+        keeps_outputs: bool = True,
     ) -> None:
         """Other choices of the user; they take effect with the next `rebalance`, which they make necessary
         where they differ."""
+        if keeps_outputs != self.keeps_outputs or arithmetic != self.arithmetic:
+            self.keeps_outputs = keeps_outputs
+            self.kept_outputs.clear()
         if (location, ring_bytes, arithmetic) != (self.location, self._ring_bytes, self.arithmetic) or (
             pin_budget_bytes != self._pin_budget_bytes
         ):
@@ -250,6 +272,13 @@ class Attachment:
         self.state.streamer.upload(
             [layer for layer in self.layers if layer.name in resident and layer.resident is None]
         )
+        outside = self._expect()
+        # Nothing else is copied, or nobody says when they are used.
+        at_once = outside if any(layer.resident is None for layer in self.layers) else self.layers
+        self.state.streamer.begin_uploads(at_once)
+
+    def _expect(self) -> set[Layer]:
+        """Tells the streamer which layers each root runs through; returns those that are in none."""
         outside = set(self.layers)
         for reference in self.roots:
             root = reference()
@@ -257,10 +286,9 @@ class Attachment:
                 modules = set(map(id, root.modules()))
                 inside = [layer for layer in self.layers if id(layer.module()) in modules]
                 outside.difference_update(inside)
-                self.state.streamer.expect(id(root), inside)
-        # Nothing else is copied, or nobody says when they are used.
-        at_once = outside if any(layer.resident is None for layer in self.layers) else self.layers
-        self.state.streamer.begin_uploads(at_once)
+                running = [layer for layer in inside if layer not in self.idle_layers]
+                self.state.streamer.expect(id(root), running)
+        return outside
 
     def begin_uploads(self) -> None:
         """Begins the copies of all residents now, for a host that will not run the model at once."""
@@ -269,7 +297,7 @@ class Attachment:
     def make_plan(self, budget_bytes: int) -> Plan:
         """The plan for `budget_bytes`, from measured times where there are any; nothing is changed."""
         return self._plans.make(
-            profile.costs(self.layers),
+            profile.costs(self.running_layers),
             # The ring comes in whole alignments: a budget that does not would be passed by the rest.
             budget_bytes=max(0, budget_bytes - self.fixed_bytes - self.scratch_bytes)
             // ALIGNMENT_BYTES
@@ -391,6 +419,7 @@ class Attachment:
         try:
             yield
         finally:
+            self.kept_outputs.clear()
             changed = [layer for layer in self.layers if layer.adopt()]
             self._bind_masters(changed)
             self.state.streamer.evict([layer for layer in changed if layer.resident is not None])
@@ -419,6 +448,7 @@ class Attachment:
         """The last of it: the model is gone, or is given back to its host."""
         ledger.unregister(self)
         self.unload()
+        self.kept_outputs.clear()
         self.state.copier.finish()  # Whoever has the masters now may free them.
 
     def detach(self) -> None:
@@ -430,18 +460,55 @@ class Attachment:
         self._finalizer.detach()
 
     # -------------------------------------------------------------------------------------------------- steps
-    def begin_step(self, root: torch.nn.Module, work: Work | None = None) -> None:
+    def begin_step(
+        self, root: torch.nn.Module, work: Work | None = None, conditioning: Hashable = None
+    ) -> None:
         """The forward of `root` (the module, or a part of it that runs by itself) begins; `work`: what it is
-        asked for."""
+        asked for; `conditioning`: equal for two forwards in which the layers of `kept_outputs` get the same
+        inputs, None: not known."""
         work = work or Work(id(root), ())
+        served = (
+            conditioning is not None
+            and (self.adaptation.profile.has_measured(work) or not self.device.has_clock)
+            and self.kept_outputs.has(conditioning)
+        )
+        self._do_without(self.kept_outputs.layers if served else frozenset())
         measured = self.adaptation.before_step(work)
         self.run.count_forward()
         self.state.sweep()
         self.state.streamer.begin_step(id(root), wrap=self.run.goes_on, measured=work if measured else None)
+        self.kept_outputs.begin(conditioning, served=served)
+
+    def _do_without(self, layers: frozenset[Layer]) -> None:
+        """These layers are not run from now on; the others are."""
+        if layers == self.idle_layers:
+            return
+        come_back = self.idle_layers - layers
+        self.idle_layers = layers
+        self.adaptation.profile.reconsider()  # Others are worth being resident.
+        if self.active and self.budget_bytes is not None and come_back:
+            self.fit_into(self.budget_bytes)  # The ring may be too small for them.
+        elif self.active:
+            self._expect()
+
+    def conditioning_of(
+        self, root: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Hashable:
+        """What a forward of `root` with these arguments gives `begin_step` as its conditioning. It is not
+        asked for where all layers are resident: that takes no time to be saved."""
+        if (
+            self.conditioning is None
+            or not self.keeps_outputs
+            or not self.kept_outputs.layers
+            or all(layer.resident is not None for layer in self.layers)
+        ):
+            return None
+        return self.conditioning.key(root, args, kwargs)
 
     def end_step(self, root: torch.nn.Module) -> None:
         """The forward of `root` is over."""
         traced = self.state.streamer.end_step(id(root))
+        self.kept_outputs.end()
         if traced is not None:
             # Layers of other roots stay where they are, and those of other models have no place here. A new
             # list: the page may be walking along the old one.
@@ -482,6 +549,7 @@ def attach(
     arithmetic: Arithmetic = "exact",
     compute_dtype: torch.dtype | None = None,
     name: str | None = None,
+    conditioning: Conditioning | None = None,
 ) -> Attachment:
     """Runs `module` on `device` with weights that need not fit there.
 
@@ -514,8 +582,10 @@ def attach(
         compute_dtype=compute_dtype,
         can_swap=is_weighted,
         roots=None,
+        conditioning=conditioning,
     )
     attachment.modules.replace_forwards(attachment)
+    attachment.modules.keep_outputs(attachment)
     try:
         attachment.rebalance(budget_bytes)
     except BaseException:

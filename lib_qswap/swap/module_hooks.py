@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lib_qswap.swap.execute import Forward, GatheredForward
+from lib_qswap.swap.kept_outputs import KeptForward
 from lib_qswap.swap.profile import work_of
 from lib_qswap.swap.retry import RetryingForward
 
@@ -30,7 +31,8 @@ class ModuleHooks:
         def before(root: torch.nn.Module, args: Any, kwargs: Any) -> None:
             attachment = reference()
             if attachment is not None:
-                attachment.begin_step(root, work_of(id(root), args, kwargs))
+                conditioning = attachment.conditioning_of(root, args, kwargs)
+                attachment.begin_step(root, work_of(id(root), args, kwargs), conditioning)
 
         def after(root: torch.nn.Module, _args: Any, _output: Any) -> None:
             attachment = reference()
@@ -45,6 +47,7 @@ class ModuleHooks:
             attachment = reference()
             if attachment is not None:
                 attachment.state.streamer.abandon_step(id(root))
+                attachment.kept_outputs.abandon()
 
         for reference_to_root in attachment.roots:
             root = reference_to_root()
@@ -74,12 +77,22 @@ class ModuleHooks:
                 dtype = attachment.compute_dtype or embedding.weight.dtype
                 embedding.__dict__["forward"] = GatheredForward(embedding, dtype)
 
+    def keep_outputs(self, attachment: Attachment) -> None:
+        """Lets the layers that depend on the conditioning alone give what they gave before."""
+        for layer in attachment.kept_outputs.layers:
+            module = layer.module()
+            if module is not None:
+                original = module.__dict__.get("forward")
+                call = _ignoring_module(original) if original is not None else None
+                module.__dict__["forward"] = KeptForward(layer, call, attachment.kept_outputs)
+                self._forwards.append((weakref.ref(module), original))
+
     def remove(self) -> None:
         """Gives the modules their own forwards back. Idempotent."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for reference, original in self._forwards:
+        for reference, original in reversed(self._forwards):
             module = reference()
             if module is not None:
                 if original is None:

@@ -1,0 +1,415 @@
+"""Steps that ask for the same conditioning again run without the layers that depend on nothing else, and with
+the same bits."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from lib_qswap.quant import kernels
+from lib_qswap.standalone.budget import Budget
+from lib_qswap.standalone.demo_file import make_demo_file
+from lib_qswap.standalone.host import CONDITIONING, Settings, StandaloneHost
+from lib_qswap.swap import ledger
+from lib_qswap.swap.kept_outputs import FLUX, SD3, SHARE_OF_WEIGHTS, Conditioning, KeptOutputs
+from lib_qswap.swap.manager import attach
+
+WIDTH, TOKENS = 256, 8
+SWAPPING = Settings(location="shared", budget=Budget(nbytes=0), steps=4, pixels=64)
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Linear(WIDTH, 2 * WIDTH))
+        self.up = torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.modulation(vector)[:, None].chunk(2, dim=-1)
+        return x + self.up(x * (1 + scale) + shift)
+
+
+class Network(torch.nn.Module):
+    """Blocks that are modulated by a time and a pooled text."""
+
+    def __init__(self, blocks: int = 4) -> None:
+        super().__init__()
+        self.time_in = torch.nn.Linear(WIDTH, WIDTH)
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(blocks))
+        self.calls = 0
+
+    def forward(self, x, time, pooled, context=None, **more):
+        vector = self.time_in(torch.cos(time[:, None] * torch.arange(WIDTH, device=time.device))) + pooled
+        for block in self.blocks:
+            x = block(x, vector)
+        return x if context is None else x + context
+
+
+OF_NETWORK = Conditioning(("time", "pooled"), ("x", "context"), r"(^|\.)(time_in|modulation\.1)$")
+
+
+class Setup:
+    """A network on a device, and what its steps are asked for."""
+
+    def __init__(self, device: str, **options) -> None:
+        torch.manual_seed(0)
+        self.network = Network().requires_grad_(False)
+        self.device = torch.device(device)
+        self.options = {"location": "shared", "budget_bytes": 0, "conditioning": OF_NETWORK, **options}
+        self.attachment = attach(self.network, device=device, **self.options)
+        self.x = torch.randn(1, TOKENS, WIDTH).to(self.device)
+        self.pooled = torch.randn(1, WIDTH).to(self.device)
+
+    @torch.no_grad()
+    def step(self, time: float, pooled: torch.Tensor | None = None, **more) -> torch.Tensor:
+        pooled = self.pooled if pooled is None else pooled
+        now = torch.full((len(pooled),), time, device=self.device)
+        return self.network(self.x, now, pooled=pooled, **more).cpu()
+
+    def image(self, times=(1.0, 0.75, 0.5, 0.25), **more) -> list[torch.Tensor]:
+        return [self.step(time, **more) for time in times]
+
+    @property
+    def uses(self) -> dict[str, int]:
+        return {layer.name: layer.times.uses for layer in self.attachment.layers}
+
+    def fetched(self, run) -> set[str]:
+        """The layers that are used while `run` runs."""
+        before = self.uses
+        run()
+        return {name for name, count in self.uses.items() if count > before[name]}
+
+
+DEPENDENT = {"time_in", *(f"blocks.{i}.modulation.1" for i in range(4))}
+INDEPENDENT = {f"blocks.{i}.up" for i in range(4)}
+
+
+@pytest.fixture(params=["cpu", pytest.param("simgpu", marks=pytest.mark.simgpu)])
+def setup(request):
+    device = "cpu"
+    if request.param == "simgpu":
+        request.getfixturevalue("sim")
+        device = "simgpu"
+    made = []
+
+    def make(**options):
+        made.append(Setup(device, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.attachment.detach()
+    made.clear()
+    gc.collect()
+
+
+def equal(ours, others) -> bool:
+    return len(ours) == len(others) and all(map(torch.equal, ours, others))
+
+
+# -------------------------------------------------------------------------------------- the steps
+def test_a_second_image_of_the_same_prompt_has_the_same_bits_without_those_layers(setup):
+    model = setup()
+    first = model.image()
+    again = []
+    used = model.fetched(lambda: again.extend(model.image()))
+    assert used == INDEPENDENT
+    assert equal(again, first)
+    model.attachment.configure(
+        location="shared", pin_budget_bytes=None, ring_bytes=None, arithmetic="exact", keeps_outputs=False
+    )
+    model.attachment.rebalance(0)
+    assert model.fetched(lambda: again.extend(model.image())) == DEPENDENT | INDEPENDENT
+    assert equal(again, first + first)
+
+
+def test_other_inputs_of_the_network_do_not_matter(setup):
+    model = setup()
+    model.image()
+    model.x = model.x + 1
+    with_context = []
+    used = model.fetched(lambda: with_context.extend(model.image(context=None)))
+    assert used == INDEPENDENT
+    model.attachment.kept_outputs.clear()
+    assert equal(with_context, model.image())
+
+
+@pytest.mark.parametrize("what", ["time", "text", "batch", "dtype", "unknown argument"])
+def test_another_conditioning_is_computed(setup, what):
+    model = setup()
+    model.image()
+    model.image()  # served
+    other = {
+        "time": lambda model: model.image((0.9, 0.6)),
+        "text": lambda model: model.image(pooled=model.pooled + 1),
+        "batch": lambda model: model.image(pooled=model.pooled.expand(2, -1)),
+        "dtype": lambda model: model.image(pooled=model.pooled.double()),
+        "unknown argument": lambda model: model.image(strength=0.5),
+    }[what]
+    computed = []
+    assert model.fetched(lambda: computed.extend(other(model))) == DEPENDENT | INDEPENDENT
+    fresh = setup()
+    fresh.attachment.keeps_outputs = False
+    assert equal(computed, other(fresh))
+
+
+def test_prompts_that_take_turns_are_both_served(setup):
+    model = setup()
+    other = model.pooled * 2
+    first = [model.step(t, p) for t in (1.0, 0.5, 0.25) for p in (model.pooled, other)]
+    again = []
+    used = model.fetched(
+        lambda: again.extend(model.step(t, p) for t in (1.0, 0.5, 0.25) for p in (model.pooled, other))
+    )
+    assert used == INDEPENDENT
+    assert equal(again, first)
+
+
+def test_a_model_that_is_resident_whole_keeps_nothing_and_reads_nothing(setup):
+    model = setup(budget_bytes=1 << 40)
+    first = model.image()
+    assert model.fetched(lambda: first.extend(model.image())) == DEPENDENT | INDEPENDENT
+    assert model.attachment.kept_outputs.nbytes == 0
+    assert equal(first[:4], first[4:])
+
+
+def test_where_some_layers_are_resident_others_take_their_place(setup):
+    probe = setup()
+    attachment = probe.attachment
+    largest = max(layer.payload_bytes for layer in attachment.layers)
+    budget = attachment.floor_bytes + 4 * largest
+    probe.attachment.detach()
+    model = setup(budget_bytes=budget)
+    first = model.image()
+    before = {layer.name for layer in model.attachment.layers if layer.resident is not None}
+    assert before & DEPENDENT, "the case is made so that some of them are resident at first"
+    assert equal(model.image(), first)
+    model.attachment.rebalance(budget)
+    after = {layer.name for layer in model.attachment.layers if layer.resident is not None}
+    assert after
+    assert not after & DEPENDENT
+    assert equal(model.image(), first)
+    assert equal(model.image((0.9, 0.3)), setup(budget_bytes=budget).image((0.9, 0.3)))
+
+
+# --------------------------------------------------------------------------- when what is kept goes
+def test_weights_that_the_host_changes_make_new_outputs(setup):
+    model = setup()
+    first = model.image()
+    with model.attachment.masters_bound():
+        for name in ("time_in", "blocks.1.modulation.1"):
+            module = model.network.get_submodule(name)
+            module.weight = torch.nn.Parameter(module.weight.detach() * 1.5, requires_grad=False)
+    model.attachment.rebalance(0)
+    changed = model.image()
+    assert not any(map(torch.equal, changed, first))
+    assert model.fetched(model.image) == INDEPENDENT
+
+
+def test_another_kernel_makes_new_outputs(setup, monkeypatch):
+    model = setup()
+    model.image()
+    monkeypatch.setattr(kernels, "in_use", lambda device: "another")
+    assert model.fetched(model.image) == DEPENDENT | INDEPENDENT
+    assert model.fetched(model.image) == INDEPENDENT
+
+
+def test_a_step_that_raises_keeps_nothing(setup, monkeypatch):
+    model = setup()
+    model.step(0.5)
+    model.step(0.25)
+    last = model.network.blocks[-1]
+    monkeypatch.setattr(last, "forward", lambda x, vector: (_ for _ in ()).throw(ValueError("on purpose")))
+    with pytest.raises(ValueError, match="on purpose"):
+        model.step(0.125)
+    monkeypatch.undo()
+    assert model.fetched(lambda: model.step(0.125)) == DEPENDENT | INDEPENDENT
+    assert model.fetched(lambda: model.step(0.125)) == INDEPENDENT
+
+
+def test_a_step_in_which_a_layer_was_left_out_is_not_kept(setup):
+    model = setup()
+    first = model.image()
+    model.attachment.kept_outputs.clear()
+    blocks = model.network.blocks
+    model.network.blocks = blocks[:-1]
+    model.image()
+    model.network.blocks = blocks
+    again = []
+    assert model.fetched(lambda: again.extend(model.image())) == DEPENDENT | INDEPENDENT
+    assert equal(again, first)
+
+
+def test_who_gets_an_output_may_write_into_it(setup):
+    model = setup()
+    first = model.image()
+    model.attachment.kept_outputs.clear()
+    for block in model.network.blocks:
+        block.modulation.register_forward_hook(lambda _module, _args, output: output.add_(1).sub_(1).mul_(2))
+    doubled = [model.image(), model.image(), model.image()]
+    assert not equal(doubled[0], first)
+    assert equal(doubled[1], doubled[0])
+    assert equal(doubled[2], doubled[0])
+
+
+def test_detaching_gives_the_forwards_back_and_the_memory(setup):
+    model = setup()
+    model.image()
+    kept = model.attachment.kept_outputs
+    assert kept.nbytes > 0
+    assert "forward" in model.network.time_in.__dict__
+    pinned = model.attachment.state.pin_budget
+    model.attachment.detach()
+    assert kept.nbytes == 0
+    assert pinned.used_bytes == 0
+    assert not any("forward" in module.__dict__ for module in model.network.modules())
+
+
+def test_the_report_says_what_is_spared(setup):
+    model = setup()
+    model.image()
+    entry = ledger.model_snapshot(model.attachment)
+    assert entry["bytes"]["spared_per_step"] == 0 < entry["bytes"]["kept_outputs"]
+    model.image()
+    entry = ledger.model_snapshot(model.attachment)
+    sizes = {layer["name"]: layer["bytes"] for layer in entry["layers"]}
+    assert entry["bytes"]["spared_per_step"] == sum(sizes[name] for name in DEPENDENT)
+    assert entry["bytes"]["swapped_per_step"] <= sum(sizes[name] for name in INDEPENDENT)
+
+
+# -------------------------------------------------------------------------------- how much is kept
+def kept_of(setup) -> tuple[KeptOutputs, list]:
+    kept = setup().attachment.kept_outputs
+    return kept, sorted(kept.layers, key=lambda layer: layer.name)
+
+
+def compute(kept, layers, key) -> None:
+    kept.begin(key, served=False)
+    for layer in layers:
+        kept.keep(layer, torch.zeros(1, 512, device=kept._device.device))
+    kept.end()
+
+
+def test_what_is_kept_stays_within_its_share_and_does_not_thrash(setup):
+    kept, layers = kept_of(setup)
+    limit = sum(layer.payload_bytes for layer in layers) // SHARE_OF_WEIGHTS
+    cycle = range(3 * limit // (len(layers) * 2048))
+    for _ in range(3):
+        for key in cycle:
+            compute(kept, layers, key)
+            assert kept.nbytes <= limit
+    served = [key for key in cycle if kept.has(key)]
+    # Dropping the oldest for the newest would have served none of a cycle longer than the room.
+    assert len(served) == limit // (len(layers) * 2048)
+
+
+def test_what_nobody_asks_for_any_more_gives_way(setup):
+    kept, layers = kept_of(setup)
+    room = sum(layer.payload_bytes for layer in layers) // SHARE_OF_WEIGHTS // (len(layers) * 2048)
+    for key in range(room):
+        compute(kept, layers, ("old", key))
+    for _ in range(4):
+        for key in range(room):
+            compute(kept, layers, ("new", key))
+    assert all(kept.has(("new", key)) for key in range(room))
+    assert not any(kept.has(("old", key)) for key in range(room))
+
+
+# ------------------------------------------------------------------------------------ the key of it
+def test_a_network_with_another_forward_is_not_known():
+    class Changed(Network):
+        def forward(self, x, time, pooled, mask=None):
+            return super().forward(x, time, pooled)
+
+    assert OF_NETWORK.fits(Network())
+    assert not OF_NETWORK.fits(Changed())
+    assert not FLUX.fits(Network())
+
+
+def test_the_key_is_of_values_dtypes_and_shapes():
+    network, x = Network(), torch.zeros(1, 2, WIDTH)
+
+    def key(time, pooled, x=x, **more):
+        return OF_NETWORK.key(network, (x, time), {"pooled": pooled, **more})
+
+    time, pooled = torch.tensor([0.5]), torch.ones(1, WIDTH)
+    assert key(time, pooled) == key(time.clone(), pooled.clone(), x + 1)
+    assert key(time, pooled) != key(time + 1e-7, pooled)
+    assert key(time, pooled) != key(time, pooled.half())
+    assert key(time, pooled) != key(time, pooled, x.half())
+    assert key(time, pooled) != key(time, pooled.reshape(2, -1))
+    assert key(torch.tensor([0.0]), pooled) != key(torch.tensor([-0.0]), pooled)
+    assert key(0.5, pooled) != key(time, pooled)
+    assert key(time, pooled, other=1) is None
+    assert key(time, "a text") is None
+    assert key(torch.tensor([float("nan")]), pooled) == key(torch.tensor([float("nan")]), pooled)
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "inside", "outside"),
+    [
+        (
+            FLUX,
+            "double_blocks.3.img_mod.lin single_blocks.0.modulation.lin final_layer.adaLN_modulation.1 "
+            "time_in.in_layer vector_in.out_layer",
+            "double_blocks.3.img_attn.qkv single_blocks.0.linear1 final_layer.linear txt_in img_in",
+        ),
+        (
+            SD3,
+            "joint_blocks.0.x_block.adaLN_modulation.1 joint_blocks.7.context_block.adaLN_modulation.1 "
+            "final_layer.adaLN_modulation.1 t_embedder.mlp.0 y_embedder.mlp.2",
+            "joint_blocks.0.x_block.mlp.fc1 context_embedder final_layer.linear x_embedder.proj",
+        ),
+    ],
+)
+def test_the_layers_are_those_of_the_modulation(conditioning, inside, outside):
+    def covered(name: str) -> bool:
+        return conditioning.covers(type("Layer", (), {"name": f"diffusion_model.{name}"}))
+
+    assert all(map(covered, inside.split()))
+    assert not any(map(covered, outside.split()))
+
+
+# ------------------------------------------------------------------------------------ the demo's Flux
+@pytest.fixture
+def flux(tmp_path, request):
+    make_demo_file(tmp_path / "model.gguf", "Q4_K", hidden=256, double=2, single=3)
+    hosts = []
+
+    def make(device: str, settings: Settings = SWAPPING) -> StandaloneHost:
+        hosts.append(StandaloneHost(tmp_path / "model.gguf", torch.device(device), settings))
+        return hosts[-1]
+
+    yield make
+    for host in hosts:
+        host.close()
+
+
+def spared(host: StandaloneHost) -> int:
+    return host.snapshot()["models"][0]["bytes"]["spared_per_step"]
+
+
+def test_the_demo_makes_the_same_latent_from_kept_outputs(flux):
+    host = flux("cpu")
+    first, whole = host.generate()
+    assert spared(host) == 0
+    again, less = host.generate()
+    assert again.sha256 == first.sha256
+    sizes = {layer["name"]: layer["bytes"] for layer in host.snapshot()["models"][0]["layers"]}
+    modulation = sum(size for name, size in sizes.items() if CONDITIONING._pattern.search(name))
+    assert spared(host) == modulation > 0.25 * sum(sizes.values())
+    assert less.h2d_bytes_per_step == pytest.approx(whole.h2d_bytes_per_step - modulation, rel=0.01)
+
+
+@pytest.mark.simgpu
+@pytest.mark.parametrize("location", ["shared", "cpu", "disk"])
+def test_kept_outputs_are_right_however_late_the_device_computes(flux, sim, location):
+    sim.set_async_compute(True)
+    sim.set_bandwidth(h2d=400e6, d2h=50e6)
+    host = flux("simgpu", Settings(location, Budget(share=0.5), steps=4, pixels=64))
+    hashes = {host.generate()[0].sha256 for _ in range(3)}
+    assert len(hashes) == 1
+    assert spared(host) > 0
+    assert not any(sim.hazards().values())
