@@ -159,6 +159,24 @@ def step_times() -> list[str]:
     return lines
 
 
+def one_token_layers() -> list[str]:
+    rows = result("one_token_layers")["measured"]
+    lines = [
+        "Another image of the same prompt and schedule, for which the outputs of the modulation layers",
+        "are kept: a step of the same model on the same simulated accelerator, from Shared.",
+        "",
+        "| | budget | first image | next image | travels in a step |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['case']} | {row['budget_share']:.0%} | {row['first_image_s']:.2f} s "
+            f"| {row['second_image_s']:.2f} s "
+            f"| {row['first_image_bytes'] / 1e6:.0f}, then {row['second_image_bytes'] / 1e6:.0f} MB |"
+        )
+    return lines
+
+
 def planner() -> list[str]:
     figures = result("planner")["summary"]
     return [
@@ -263,7 +281,7 @@ def main() -> None:
     before, rest = text.split(START)
     _, after = rest.split(END)
     forge = (forge_gpu, forge_side_by_side)
-    others = (step_times, simulated_step, dequant_cpu, host_memory, planner)
+    others = (step_times, one_token_layers, simulated_step, dequant_cpu, host_memory, planner)
     written = [*map(filled, forge), gpu(), *map(filled, others)]
     sections = ["\n".join(lines) for lines in written if lines]
     readme.write_text(f"{before}{START}\n" + "\n\n".join(sections) + f"\n{END}{after}", encoding="utf-8")

@@ -8,6 +8,7 @@ all there runs without these layers, and nothing is fetched for them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
@@ -144,33 +145,43 @@ class KeptOutputs:
         self._pin_budget = pin_budget
         self._limit_bytes = sum(layer.payload_bytes for layer in self.layers) // SHARE_OF_WEIGHTS
         self._kept: dict[Hashable, _Kept] = {}
-        self._asked = 0
+        self._asked = self._in_a_row = 0
         self._key: Hashable = None
         self._outputs: dict[Layer, torch.Tensor] = {}
         self._served: dict[Layer, torch.Tensor] = {}
 
     def has(self, key: Hashable) -> bool:
-        """Whether a step of this conditioning can do without `layers`."""
+        """Whether the outputs for this conditioning are kept."""
         return self._full_key(key) in self._kept
+
+    def serves(self, key: Hashable) -> bool:
+        """Whether a step of this conditioning is to do without `layers`: where it was seen before, as was
+        that of the last step. Another plan for a single step costs more than it saves, and a sampler of
+        second order comes to every time but the first twice."""
+        return self._in_a_row > 0 and self.has(key)
 
     def begin(self, key: Hashable, *, served: bool) -> None:
         """A step begins, of the conditioning `key` (None: not known); `served`: its outputs are those that
         were kept."""
         self.abandon()
-        if key is None:
-            return
+        found = None if key is None else self._kept.get(self._full_key(key))
+        self._in_a_row = 0 if found is None else self._in_a_row + 1
         self._asked += 1
-        found = self._kept.get(self._full_key(key))
         if found is not None:
             found.asked = self._asked
-        if found is None:
+            if served:
+                self._serve(found)
+        elif key is not None:
             self._key = self._full_key(key)
-        elif served:
-            stream = self._device.current_stream()
-            self._device.wait(found.ready, stream)
+
+    def _serve(self, found: _Kept) -> None:
+        self._device.wait(found.ready, self._device.current_stream())
+        try:
             memory = torch.empty(found.memory.numel(), dtype=torch.uint8, device=self._device.device)
-            memory.copy_(found.memory, non_blocking=True)
-            self._served = {layer: place.view(memory) for layer, place in found.places.items()}
+        except torch.cuda.OutOfMemoryError:  # the name that torch 2.3 has as well, for every device
+            return  # The layers compute it again, fetched out of order.
+        memory.copy_(found.memory, non_blocking=True)
+        self._served = {layer: place.view(memory) for layer, place in found.places.items()}
 
     def output(self, layer: Layer) -> torch.Tensor | None:
         """What `layer` computes in this step, where that was kept."""
@@ -187,7 +198,9 @@ class KeptOutputs:
     def end(self) -> None:
         """The step is over: what it has computed is kept, if that was all."""
         if self._key is not None and self._outputs.keys() == self.layers:
-            self._store(self._key, self._outputs)
+            # Without memory for it, the next image computes it again.
+            with contextlib.suppress(torch.cuda.OutOfMemoryError, MemoryError, OSError):
+                self._store(self._key, self._outputs)
         self.abandon()
 
     def abandon(self) -> None:

@@ -470,7 +470,7 @@ class Attachment:
         served = (
             conditioning is not None
             and (self.adaptation.profile.has_measured(work) or not self.device.has_clock)
-            and self.kept_outputs.has(conditioning)
+            and self.kept_outputs.serves(conditioning)
         )
         self._do_without(self.kept_outputs.layers if served else frozenset())
         measured = self.adaptation.before_step(work)
