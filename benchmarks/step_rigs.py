@@ -18,7 +18,7 @@ from torch import nn
 from lib_qswap.quant.gguf_file import open_gguf
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.standalone.flux import build
-from lib_qswap.standalone.host import computation_dtype
+from lib_qswap.standalone.host import CONDITIONING, computation_dtype
 from lib_qswap.standalone.measure import read_bytes_per_s
 from lib_qswap.swap.device import device_of
 from lib_qswap.swap.device_state import state_of
@@ -56,11 +56,13 @@ class Rig:
         cases: by name, what makes a case: for the simulated device the time that the whole model's bytes
             take over the link as a share of its compute, else the side of the image in pixels.
         has_dense_model: whether there is the same model with ordinary weights.
+        has_conditioning: whether its layers see one, of which some depend on nothing else.
     """
 
     clock = "real"
     cases: dict[str, float]
     has_dense_model = False
+    has_conditioning = False
 
     def __init__(self, device: torch.device, file: Path) -> None:
         self.device = device_of(device)
@@ -75,8 +77,9 @@ class Rig:
         """A model on the CPU for other programs, and what has to be kept as long as it runs."""
         raise NotImplementedError
 
-    def attach(self, model: nn.Module, location: Location) -> Attachment:
-        """With nothing resident yet."""
+    def attach(self, model: nn.Module, location: Location, *, same_prompt: bool = False) -> Attachment:
+        """With nothing resident yet. `same_prompt`: what depends on the conditioning alone is kept, as for
+        another image; only where `has_conditioning`."""
         raise NotImplementedError
 
     def inputs(self, model: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -150,6 +153,7 @@ class ComputingRig(Rig):
     """A device that computes: a GPU, or the CPU."""
 
     has_dense_model = True
+    has_conditioning = True
 
     def __init__(self, device: torch.device, file: Path, sides: list[int]) -> None:
         super().__init__(device, file)
@@ -177,7 +181,7 @@ class ComputingRig(Rig):
         scratch = Scratch(self.device)
         return step_models.packed_flux(self.tensors, self.dtype, scratch), scratch
 
-    def attach(self, model: nn.Module, location: Location) -> Attachment:
+    def attach(self, model: nn.Module, location: Location, *, same_prompt: bool = False) -> Attachment:
         return attach(
             model,
             device=self.device.device,
@@ -185,6 +189,7 @@ class ComputingRig(Rig):
             budget_bytes=0,
             compute_dtype=self.dtype,
             name="model",
+            conditioning=CONDITIONING if same_prompt else None,
         )
 
     def inputs(self, model: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -285,7 +290,7 @@ class SimulatedRig(Rig):
         scratch = torch.empty(self._largest_bytes, dtype=torch.uint8, device="simgpu")
         return self._model(lambda packed: packed.packed.clone()), scratch
 
-    def attach(self, model: nn.Module, location: Location) -> Attachment:
+    def attach(self, model: nn.Module, location: Location, *, same_prompt: bool = False) -> Attachment:
         options: dict[str, Any] = {"compute_dtype": torch.bfloat16, "name": "model"}
         attachment = attach(model, device="simgpu", location=location, budget_bytes=0, **options)
         step_models.lend_to_busy_layers(attachment)

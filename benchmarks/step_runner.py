@@ -79,17 +79,19 @@ class Runner:
         del model, kept
         return row
 
-    def qswap(self, location: Location, shares: tuple[float, ...]) -> list[Row]:
+    def qswap(self, location: Location, shares: tuple[float, ...], *, same_prompt: bool = False) -> list[Row]:
+        """`same_prompt`: steps of another image of one prompt."""
         before = self.baseline()
         model = self.rig.qswap_model()
-        attachment = self.rig.attach(model, location)
+        attachment = self.rig.attach(model, location, same_prompt=same_prompt)
         rows = [self._budget(attachment, model, share, before) for share in shares]
         attachment.detach()
         return rows
 
     def _budget(self, attachment: Attachment, model: nn.Module, share: float, ram_before: int | None) -> Row:
         location = attachment.location
-        row: Row = {"system": f"QSwap {location}", "location": location, "budget_share": share}
+        name = f"QSwap {location}" + (", next image" if attachment.conditioning is not None else "")
+        row: Row = {"system": name, "location": location, "budget_share": share}
         try:
             attachment.rebalance(budget_bytes(attachment, share))
             row |= self.times(model, ram_before)
@@ -107,7 +109,7 @@ class Runner:
         assert attachment.budget_bytes is not None
         budget_bytes = attachment.budget_bytes - attachment.fixed_bytes - attachment.scratch_bytes
         rate = min(self.rig.link_bytes_per_s(), home_bytes_per_s or math.inf)
-        layers = profile.costs(attachment.layers)
+        layers = profile.costs(attachment.running_layers)
         return {"least_s": planner.least_step(layers, budget_bytes=budget_bytes, link_bytes_per_s=rate)}
 
     def bound(self, row: Row, home_bytes_per_s: float | None) -> Row:

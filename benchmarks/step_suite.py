@@ -108,6 +108,9 @@ class Suite:
             systems["dense"] = lambda: [runner.dense()]
         for location in LOCATIONS:
             systems[f"QSwap {location}"] = functools.partial(runner.qswap, location, shares)
+        if self.rig.has_conditioning:
+            again = functools.partial(runner.qswap, "shared", shares, same_prompt=True)
+            systems["QSwap shared, next image"] = again
         return systems
 
     def _others(

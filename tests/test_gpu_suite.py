@@ -107,6 +107,10 @@ def test_steps_are_measured_at_every_location(suite):
         if device == "cpu":  # The simulated one's layers do not compute.
             assert rows["dense float32"]["packed_over_dense"] > 0
             assert all(row["same_output"] is not False for row in rows.values())
+            share = [
+                rows[name]["swapped_bytes_per_step"] for name in ("QSwap shared, next image", "QSwap shared")
+            ]
+            assert share[0] < 0.8 * share[1]
 
 
 def test_the_figures_that_are_aimed_at_are_in_the_result(suite):
