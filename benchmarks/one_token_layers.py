@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lib_qswap.standalone.demo_file import demo_file
 from lib_qswap.swap import ledger
-from lib_qswap.swap.kept_outputs import FLUX_LAYERS, Conditioning
+from lib_qswap.swap.conditioning import FLUX_LAYERS, Conditioning
 from lib_qswap.swap.manager import attach
 from lib_qswap.swap.planner import LayerCost, make_plan, predict_step, spread
 
@@ -118,6 +118,7 @@ class Modulated(nn.Module):
         return x
 
 
+@torch.no_grad()
 def steps_of_images(rig: SimulatedRig, share: float) -> Row:
     """The mean step of a first and of a second image, each without its first steps, which are measured for
     the plan or change it; and whether both end alike."""

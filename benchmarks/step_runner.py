@@ -90,7 +90,7 @@ class Runner:
 
     def _budget(self, attachment: Attachment, model: nn.Module, share: float, ram_before: int | None) -> Row:
         location = attachment.location
-        name = f"QSwap {location}" + (", next image" if attachment.conditioning is not None else "")
+        name = f"QSwap {location}" + (", next image" if attachment.idle.conditioning is not None else "")
         row: Row = {"system": name, "location": location, "budget_share": share}
         try:
             attachment.rebalance(budget_bytes(attachment, share))

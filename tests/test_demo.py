@@ -152,7 +152,7 @@ def test_every_location_and_budget_gives_the_same_bits(host):
         for budget in (None, Budget(share=1.2), Budget(nbytes=0)):
             # With a ring of its own choice the planner may find that it does without residents.
             host.use(replace(TINY, location=location, budget=budget, ring_bytes=1 << 20))
-            host._attachment.kept_outputs.clear()  # All layers are to travel.
+            host._attachment.idle.kept.clear()  # All layers are to travel.
             denoised, summary = host.generate()
             assert denoised.latent.isfinite().all()
             assert denoised.latent.std() > 0.1

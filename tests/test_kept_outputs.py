@@ -4,7 +4,10 @@ the same bits."""
 from __future__ import annotations
 
 import gc
+import itertools
+import math
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,8 @@ from lib_qswap.standalone.budget import Budget
 from lib_qswap.standalone.demo_file import demo_file, make_demo_file
 from lib_qswap.standalone.host import CONDITIONING, Settings, StandaloneHost
 from lib_qswap.swap import ledger
-from lib_qswap.swap.kept_outputs import FLUX, SD3, SHARE_OF_WEIGHTS, Conditioning, KeptOutputs
+from lib_qswap.swap.conditioning import FLUX, SD3, Conditioning
+from lib_qswap.swap.kept_outputs import KEPT_FOR_STEPS, MOST_IN_A_ROW, SHARE_OF_WEIGHTS, KeptOutputs
 from lib_qswap.swap.manager import attach
 
 WIDTH, TOKENS = 256, 8
@@ -138,7 +142,7 @@ def test_other_inputs_of_the_network_do_not_matter(setup):
     with_context = []
     used = model.fetched(lambda: with_context.extend(model.image(context=None)))
     assert used == INDEPENDENT
-    model.attachment.kept_outputs.clear()
+    model.attachment.idle.kept.clear()
     assert equal(with_context, model.image())
 
 
@@ -157,7 +161,7 @@ def test_another_conditioning_is_computed(setup, what):
     computed = []
     assert model.fetched(lambda: computed.extend(other(model))) == DEPENDENT | INDEPENDENT
     fresh = setup()
-    fresh.attachment.keeps_outputs = False
+    fresh.attachment.idle.allowed = False
     assert equal(computed, other(fresh))
 
 
@@ -186,7 +190,7 @@ def test_a_model_that_is_resident_whole_keeps_nothing_and_reads_nothing(setup):
     model = setup(budget_bytes=1 << 40)
     first = model.image()
     assert model.fetched(lambda: first.extend(model.image())) == DEPENDENT | INDEPENDENT
-    assert model.attachment.kept_outputs.nbytes == 0
+    assert model.attachment.idle.kept.nbytes == 0
     assert equal(first[:4], first[4:])
 
 
@@ -227,8 +231,10 @@ def test_weights_that_the_host_changes_make_new_outputs(setup):
 def test_another_kernel_makes_new_outputs(setup, monkeypatch):
     model = setup()
     model.image()
+    model.image()
     monkeypatch.setattr(kernels, "in_use", lambda device: "another")
-    assert model.fetched(model.image) == DEPENDENT | INDEPENDENT
+    for time in TIMES:
+        assert model.fetched(lambda t=time: model.step(t)) == DEPENDENT | INDEPENDENT
     model.step(1.0)
     assert model.fetched(model.image) == INDEPENDENT
 
@@ -250,7 +256,7 @@ def test_a_step_that_raises_keeps_nothing(setup, monkeypatch):
 def test_a_step_in_which_a_layer_was_left_out_is_not_kept(setup):
     model = setup()
     first = model.image()
-    model.attachment.kept_outputs.clear()
+    model.attachment.idle.kept.clear()
     blocks = model.network.blocks
     model.network.blocks = blocks[:-1]
     model.image()
@@ -263,7 +269,7 @@ def test_a_step_in_which_a_layer_was_left_out_is_not_kept(setup):
 def test_who_gets_an_output_may_write_into_it(setup):
     model = setup()
     first = model.image()
-    model.attachment.kept_outputs.clear()
+    model.attachment.idle.kept.clear()
     for block in model.network.blocks:
         block.modulation.register_forward_hook(lambda _module, _args, output: output.add_(1).sub_(1).mul_(2))
     doubled = [model.image(), model.image(), model.image()]
@@ -272,16 +278,143 @@ def test_who_gets_an_output_may_write_into_it(setup):
     assert equal(doubled[2], doubled[0])
 
 
+class Twice(Network):
+    """Runs its blocks for a prompt and against it."""
+
+    def forward(self, x, time, pooled, context=None, **more):
+        return super().forward(x, time, pooled) - super().forward(x, time, -pooled)
+
+
+def test_a_layer_that_a_step_calls_twice_is_computed(setup):
+    model = setup()
+    model.network.__class__ = Twice
+    images = [model.image() for _ in range(3)]
+    assert model.attachment.idle.kept.nbytes == 0
+    assert equal(images[1], images[0])
+    assert equal(images[2], images[0])
+    model.network.__class__ = Network
+    model.image()
+    assert model.attachment.idle.kept.nbytes > 0
+
+
+def fails_once(model, monkeypatch, at):
+    """The device runs out of memory in block `at` of the next step."""
+    block = model.network.blocks[at]
+    own, calls = type(block).forward, []
+
+    def forward(x, vector):
+        calls.append(vector)
+        if len(calls) == 1:
+            raise torch.cuda.OutOfMemoryError("on purpose")
+        return own(block, x, vector)
+
+    monkeypatch.setattr(block, "forward", forward)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["computed", "served"])
+def test_a_step_that_is_done_again_has_the_same_outputs(setup, monkeypatch, kind):
+    probe = setup().attachment
+    largest = max(layer.payload_bytes for layer in probe.layers)
+    model = setup(budget_bytes=probe.floor_bytes + 3 * largest, ring_bytes=largest)
+    for block in model.network.blocks:
+        block.modulation.register_forward_hook(lambda _module, _args, output: output.mul_(2))
+    first = model.image()
+    if kind == "served":
+        model.image()
+    else:
+        model.attachment.idle.kept.clear()
+    calls = fails_once(model, monkeypatch, 2)
+    again = [model.step(TIMES[0])]
+    assert len(calls) == 2
+    assert again[0].equal(first[0])
+    assert equal(model.image(), first)
+    assert equal(model.image(), first)
+
+
+def test_without_memory_for_what_is_kept_the_layers_run(setup, monkeypatch):
+    model = setup()
+    first = model.image()
+    model.image()
+    kept = model.attachment.idle.kept
+    monkeypatch.setattr(kept, "_serve", lambda: False)
+    again = []
+    assert model.fetched(lambda: again.extend(model.image())) == DEPENDENT | INDEPENDENT
+    assert equal(again, first)
+    assert model.attachment.state.streamer.overflows == 0
+    kept.clear()
+    monkeypatch.setattr(kept, "_store", lambda key, outputs: (_ for _ in ()).throw(MemoryError))
+    assert equal(model.image(), first)
+
+
+def test_arithmetic_and_the_users_choice_drop_what_is_kept(setup):
+    for change in ({"arithmetic": "like Forge"}, {"keeps_outputs": False}):
+        model = setup()
+        model.image()
+        model.image()
+        settings = {"location": "shared", "pin_budget_bytes": None, "ring_bytes": None, "arithmetic": "exact"}
+        model.attachment.configure(**(settings | change))
+        assert model.attachment.idle.kept.nbytes == 0
+        assert model.attachment.budget_bytes is None
+        model.attachment.rebalance(0)
+        entry = ledger.model_snapshot(model.attachment)["bytes"]
+        assert entry["spared_per_step"] == entry["kept_outputs"] == 0
+        assert model.fetched(lambda model=model: model.step(1.0)) == DEPENDENT | INDEPENDENT
+
+
+def test_unloading_between_images_changes_nothing(setup):
+    model = setup()
+    first = model.image()
+    model.image()
+    model.attachment.unload()
+    assert ledger.model_snapshot(model.attachment)["bytes"]["spared_per_step"] == 0
+    model.attachment.rebalance(0)
+    assert equal(model.image(), first)
+    assert equal(model.image((0.9, 0.3)), setup().image((0.9, 0.3)))
+
+
+def test_what_a_broken_off_step_was_to_be_served_is_not_given_outside_of_one(setup):
+    model = setup()
+    model.image()
+    model.image()
+
+    def refuse(*_args):
+        raise ValueError("on purpose")
+
+    hook = model.network.register_forward_pre_hook(refuse)
+    with pytest.raises(ValueError, match="on purpose"):
+        model.step(1.0)
+    hook.remove()
+    model.attachment.rest()
+    model.attachment.wake()
+    x = torch.randn(1, WIDTH).to(model.device)
+    with torch.no_grad():
+        ours = model.network.time_in(x)
+    model.attachment.detach()
+    assert torch.equal(ours.cpu(), torch.nn.functional.linear(x.cpu(), *model.network.time_in.parameters()))
+
+
+def test_a_model_with_kept_outputs_goes_when_nobody_holds_it(setup):
+    model = setup()
+    model.image()
+    model.image()
+    gone = weakref.ref(model.network)
+    gc.disable()
+    try:
+        del model.network
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_detaching_gives_the_forwards_back_and_the_memory(setup):
     model = setup()
     model.image()
-    kept = model.attachment.kept_outputs
+    kept = model.attachment.idle.kept
     assert kept.nbytes > 0
     assert "forward" in model.network.time_in.__dict__
-    pinned = model.attachment.state.pin_budget
     model.attachment.detach()
     assert kept.nbytes == 0
-    assert pinned.used_bytes == 0
     assert not any("forward" in module.__dict__ for module in model.network.modules())
 
 
@@ -290,24 +423,31 @@ def test_the_report_says_what_is_spared(setup):
     model.image()
     entry = ledger.model_snapshot(model.attachment)
     assert entry["bytes"]["spared_per_step"] == 0 < entry["bytes"]["kept_outputs"]
+    swapped = entry["bytes"]["swapped_per_step"]
     model.image()
     entry = ledger.model_snapshot(model.attachment)
     sizes = {layer["name"]: layer["bytes"] for layer in entry["layers"]}
-    assert entry["bytes"]["spared_per_step"] == sum(sizes[name] for name in DEPENDENT)
+    assert swapped - entry["bytes"]["swapped_per_step"] == entry["bytes"]["spared_per_step"]
     assert entry["bytes"]["swapped_per_step"] <= sum(sizes[name] for name in INDEPENDENT)
+    model.step(0.1)
+    entry = ledger.model_snapshot(model.attachment)
+    assert entry["bytes"]["spared_per_step"] == 0
 
 
 # -------------------------------------------------------------------------------- how much is kept
 def kept_of(setup) -> tuple[KeptOutputs, list]:
-    kept = setup().attachment.kept_outputs
+    kept = setup().attachment.idle.kept
     return kept, sorted(kept.layers, key=lambda layer: layer.name)
 
 
-def compute(kept, layers, key) -> None:
-    kept.begin(key, served=False)
-    for layer in layers:
-        kept.keep(layer, torch.zeros(1, 512, device=kept._device.device))
+def compute(kept, layers, key) -> bool:
+    """A step; returns whether it is served."""
+    served = kept.begin(key)
+    if not served:
+        for layer in layers:
+            kept.keep(layer, torch.zeros(1, 512, device=kept._device))
     kept.end()
+    return served
 
 
 def test_what_is_kept_stays_within_its_share_and_does_not_thrash(setup):
@@ -335,6 +475,44 @@ def test_what_nobody_asks_for_any_more_gives_way(setup):
     assert not any(kept.has(("old", key)) for key in range(room))
 
 
+def test_what_was_asked_for_long_ago_goes_although_there_is_room(setup):
+    kept, layers = kept_of(setup)
+    compute(kept, layers, "once")
+    for _ in range(KEPT_FOR_STEPS):
+        compute(kept, layers, "again")
+    assert kept.has("once")
+    compute(kept, layers, "other")
+    assert not kept.has("once")
+    assert kept.has("again")
+    assert kept.nbytes == 2 * len(layers) * 2048
+
+
+def test_a_step_that_is_larger_than_all_room_drops_nothing(setup):
+    kept, layers = kept_of(setup)
+    compute(kept, layers, "small")
+    kept.begin("huge")
+    for layer in layers:
+        kept.keep(layer, torch.zeros(1, 1 << 20, device=kept._device))
+    kept.end()
+    assert kept.has("small")
+    assert not kept.has("huge")
+
+
+@pytest.mark.parametrize("period", [2, 3, 4])
+def test_steps_of_which_some_are_new_are_soon_served_no_more(setup, period):
+    kept, layers = kept_of(setup)
+    served = []
+    for step in range(400):
+        known = step % period and step >= period
+        served.append(compute(kept, layers, step % period if known else ("new", step)))
+    changes = sum(one != then for one, then in itertools.pairwise(served))
+    assert changes <= 4 * math.log2(MOST_IN_A_ROW)
+    kept.clear()
+    for _ in range(3 * MOST_IN_A_ROW):
+        last = compute(kept, layers, "the same")
+    assert last
+
+
 # ------------------------------------------------------------------------------------ the key of it
 def test_a_network_with_another_forward_is_not_known():
     class Changed(Network):
@@ -349,8 +527,9 @@ def test_a_network_with_another_forward_is_not_known():
 def test_the_key_is_of_values_dtypes_and_shapes():
     network, x = Network(), torch.zeros(1, 2, WIDTH)
 
+    @torch.no_grad()
     def key(time, pooled, x=x, **more):
-        return OF_NETWORK.key(network, (x, time), {"pooled": pooled, **more})
+        return OF_NETWORK.key(network, (x, time), {"pooled": pooled, **more}, x.device)
 
     time, pooled = torch.tensor([0.5]), torch.ones(1, WIDTH)
     assert key(time, pooled) == key(time.clone(), pooled.clone(), x + 1)
@@ -360,9 +539,49 @@ def test_the_key_is_of_values_dtypes_and_shapes():
     assert key(time, pooled) != key(time, pooled.reshape(2, -1))
     assert key(torch.tensor([0.0]), pooled) != key(torch.tensor([-0.0]), pooled)
     assert key(0.5, pooled) != key(time, pooled)
+    assert key(0.0, pooled) != key(-0.0, pooled) != key(0, pooled)
+    assert key(time, pooled.view(WIDTH).expand(1, WIDTH)) == key(time, pooled)
+    assert key(time.expand(2), pooled) == key(time.repeat(2), pooled) != key(time, pooled)
+    assert key(time, pooled.to("meta")) is None
     assert key(time, pooled, other=1) is None
     assert key(time, "a text") is None
     assert key(torch.tensor([float("nan")]), pooled) == key(torch.tensor([float("nan")]), pooled)
+
+
+def test_there_is_no_key_where_outputs_have_gradients_or_are_cast():
+    network = Network()
+    arguments = (network, (torch.zeros(1, 2, WIDTH), torch.ones(1)), {"pooled": torch.ones(1, WIDTH)})
+    device = torch.device("cpu")
+    assert OF_NETWORK.key(*arguments, device) is None
+    with torch.no_grad():
+        assert OF_NETWORK.key(*arguments, device) is not None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert OF_NETWORK.key(*arguments, device) is None
+
+
+def test_there_is_no_key_for_a_forward_that_somebody_wraps(monkeypatch):
+    network = Network()
+    original = Network.forward
+    arguments = (network, (torch.zeros(1, 2, WIDTH), torch.ones(1)), {"pooled": torch.ones(1, WIDTH)})
+
+    def hidden(self, *args, **kwargs):
+        return original(self, *args, **kwargs)
+
+    def renamed(self, x, t, pooled):
+        return original(self, x, t, pooled)
+
+    def wrapped(self, x, time, pooled, context=None, **more):
+        return original(self, x, time, pooled, context, **more)
+
+    with torch.no_grad():
+        before = OF_NETWORK.key(*arguments, torch.device("cpu"))
+        for forward in (hidden, renamed):
+            monkeypatch.setattr(Network, "forward", forward)
+            assert OF_NETWORK.key(*arguments, torch.device("cpu")) is None
+        monkeypatch.setattr(Network, "forward", wrapped)
+        assert OF_NETWORK.key(*arguments, torch.device("cpu")) not in (None, before)
+        too_many = (network, (*arguments[1], *range(3)), {})
+        assert OF_NETWORK.key(*too_many, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(

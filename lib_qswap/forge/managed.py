@@ -14,8 +14,8 @@ import torch
 
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap import ledger
+from lib_qswap.swap.conditioning import FLUX, SD3, Conditioning
 from lib_qswap.swap.device import device_of, give_back_freed_ram
-from lib_qswap.swap.kept_outputs import FLUX, SD3, Conditioning
 from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.manager import Attachment
 

@@ -18,9 +18,9 @@ from lib_qswap.standalone.denoise import Denoised, check_size, denoise
 from lib_qswap.standalone.flux import FluxTransformer, build
 from lib_qswap.standalone.measure import DownloadCounter, peak_rss_bytes
 from lib_qswap.swap import ledger
+from lib_qswap.swap.conditioning import FLUX_LAYERS, Conditioning
 from lib_qswap.swap.device import device_of
 from lib_qswap.swap.home import LOCATIONS, Location
-from lib_qswap.swap.kept_outputs import FLUX_LAYERS, Conditioning
 from lib_qswap.swap.manager import Attachment, attach
 
 MB = 1 << 20

@@ -89,7 +89,7 @@ class Adaptation:
             return False
         model.device.empty_cache()
         model.state.streamer.begin_step(id(root), wrap=model.run.goes_on)
-        model.kept_outputs.restart()
+        model.idle.kept.restart()
         return True
 
     def _take_back(self) -> None:

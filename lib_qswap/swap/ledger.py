@@ -137,7 +137,7 @@ def model_snapshot(model: Attachment) -> dict[str, Any]:
                 "read_us": _microseconds(measured.read_s if measured else None),
             }
         )
-    swapped = sum(layer.payload_bytes for layer in model.running_layers if layer.resident is None)
+    swapped = model.swapped_bytes
     return {
         "name": model.name,
         "managed": True,
@@ -152,8 +152,8 @@ def model_snapshot(model: Attachment) -> dict[str, Any]:
             "pinned": pinned,
             "pin_budget": model.state.pin_budget.limit_bytes,
             "swapped_per_step": swapped if model.active else 0,
-            "spared_per_step": sum(layer.payload_bytes for layer in model.idle_layers),
-            "kept_outputs": model.kept_outputs.nbytes,
+            "spared_per_step": model.idle.spared_bytes,
+            "kept_outputs": model.idle.kept.nbytes,
         },
         "step": _step_snapshot(model, swapped),
         "layers": layers,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from lib_qswap.quant.unpack import Arithmetic
 from lib_qswap.swap import ledger, profile
 from lib_qswap.swap.adaptation import Adaptation
 from lib_qswap.swap.arena import fill_arena, leave_arenas, use_file
+from lib_qswap.swap.conditioning import Conditioning
 from lib_qswap.swap.device import ALIGNMENT_BYTES, Device, align, device_of
 from lib_qswap.swap.device_state import state_of
 from lib_qswap.swap.home import LOCATIONS, Location, choose_homes, default_pin_budget_bytes, has_file
+from lib_qswap.swap.idle_layers import IdleLayers
 from lib_qswap.swap.inventory import Inventory
-from lib_qswap.swap.kept_outputs import Conditioning, KeptOutputs
 from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.lease import AnyLease
 from lib_qswap.swap.module_hooks import ModuleHooks
@@ -45,9 +46,7 @@ class Attachment:
         spare_bytes: what may be given on top of the budget that was asked for.
         grown_bytes: the part of it that was given on top, since steps turned out not to need it.
         kept: what the host itself keeps on the device for this model, as long as it runs.
-        kept_outputs: of the layers that depend on the conditioning alone.
-        keeps_outputs: whether any are to be kept.
-        idle_layers: those that the present steps do without.
+        idle: the layers that the present steps do without.
     """
 
     _serials = itertools.count()
@@ -92,14 +91,7 @@ class Attachment:
         self.gathered = self.inventory.gathered
         self.roots = [weakref.ref(root) for root in (roots if roots is not None else [module])]
         self._root_keys = [id(reference()) for reference in self.roots]
-        self.conditioning = conditioning
-        self.keeps_outputs = True
-        self.kept_outputs = KeptOutputs(
-            [layer for layer in self.layers if conditioning is not None and conditioning.covers(layer)],
-            device,
-            self.state.pin_budget,
-        )
-        self.idle_layers: frozenset[Layer] = frozenset()
+        self.idle = IdleLayers(self, conditioning)
         self.modules = ModuleHooks(self)
         ledger.register(self)
         # The attachment holds its modules weakly, and lives as long as its model does.
@@ -157,7 +149,12 @@ class Attachment:
     @property
     def running_layers(self) -> list[Layer]:
         """Those that the present steps compute."""
-        return [layer for layer in self.layers if layer not in self.idle_layers]
+        return [layer for layer in self.layers if layer not in self.idle.layers]
+
+    @property
+    def swapped_bytes(self) -> int:
+        """What travels in each of them."""
+        return sum(layer.payload_bytes for layer in self.running_layers if layer.resident is None)
 
     @property
     def active(self) -> bool:
@@ -179,9 +176,10 @@ class Attachment:
     ) -> None:
         """Other choices of the user; they take effect with the next `rebalance`, which they make necessary
         where they differ."""
-        if keeps_outputs != self.keeps_outputs or arithmetic != self.arithmetic:
-            self.keeps_outputs = keeps_outputs
-            self.kept_outputs.clear()
+        if (keeps_outputs, arithmetic) != (self.idle.allowed, self.arithmetic):
+            self.idle.allowed = keeps_outputs
+            self.idle.forget()
+            self.budget_bytes = None
         if (location, ring_bytes, arithmetic) != (self.location, self._ring_bytes, self.arithmetic) or (
             pin_budget_bytes != self._pin_budget_bytes
         ):
@@ -272,13 +270,14 @@ class Attachment:
         self.state.streamer.upload(
             [layer for layer in self.layers if layer.name in resident and layer.resident is None]
         )
-        outside = self._expect()
+        outside = self.expect()
         # Nothing else is copied, or nobody says when they are used.
         at_once = outside if any(layer.resident is None for layer in self.layers) else self.layers
         self.state.streamer.begin_uploads(at_once)
 
-    def _expect(self) -> set[Layer]:
-        """Tells the streamer which layers each root runs through; returns those that are in none."""
+    def expect(self) -> set[Layer]:
+        """Tells the streamer which layers each root runs through; returns those that are in none. Only
+        between steps."""
         outside = set(self.layers)
         for reference in self.roots:
             root = reference()
@@ -286,7 +285,7 @@ class Attachment:
                 modules = set(map(id, root.modules()))
                 inside = [layer for layer in self.layers if id(layer.module()) in modules]
                 outside.difference_update(inside)
-                running = [layer for layer in inside if layer not in self.idle_layers]
+                running = [layer for layer in inside if layer not in self.idle.layers]
                 self.state.streamer.expect(id(root), running)
         return outside
 
@@ -390,6 +389,7 @@ class Attachment:
     def rest(self) -> None:
         """This model does not run for a while: what its layers pass through is given back, residents stay."""
         self.adaptation.profile.close()
+        self.idle.kept.abandon()
         self.kept.clear()
         if self in self.state.active:
             with self.state.changing():
@@ -419,7 +419,7 @@ class Attachment:
         try:
             yield
         finally:
-            self.kept_outputs.clear()
+            self.idle.forget()
             changed = [layer for layer in self.layers if layer.adopt()]
             self._bind_masters(changed)
             self.state.streamer.evict([layer for layer in changed if layer.resident is not None])
@@ -432,6 +432,7 @@ class Attachment:
     def unload(self) -> None:
         """Drops every device copy. Nothing is moved: the masters have been there all the time."""
         self.adaptation.profile.close()
+        self.idle.kept.abandon()
         self.kept.clear()
         with self.state.changing():
             self.state.streamer.quiesce()
@@ -448,7 +449,7 @@ class Attachment:
         """The last of it: the model is gone, or is given back to its host."""
         ledger.unregister(self)
         self.unload()
-        self.kept_outputs.clear()
+        self.idle.forget()
         self.state.copier.finish()  # Whoever has the masters now may free them.
 
     def detach(self) -> None:
@@ -464,51 +465,18 @@ class Attachment:
         self, root: torch.nn.Module, work: Work | None = None, conditioning: Hashable = None
     ) -> None:
         """The forward of `root` (the module, or a part of it that runs by itself) begins; `work`: what it is
-        asked for; `conditioning`: equal for two forwards in which the layers of `kept_outputs` get the same
-        inputs, None: not known."""
+        asked for; `conditioning`: as from `IdleLayers.conditioning_of`, None: not known."""
         work = work or Work(id(root), ())
-        served = (
-            conditioning is not None
-            and (self.adaptation.profile.has_measured(work) or not self.device.has_clock)
-            and self.kept_outputs.serves(conditioning)
-        )
-        self._do_without(self.kept_outputs.layers if served else frozenset())
+        self.idle.before_step(work, conditioning)
         measured = self.adaptation.before_step(work)
         self.run.count_forward()
         self.state.sweep()
         self.state.streamer.begin_step(id(root), wrap=self.run.goes_on, measured=work if measured else None)
-        self.kept_outputs.begin(conditioning, served=served)
-
-    def _do_without(self, layers: frozenset[Layer]) -> None:
-        """These layers are not run from now on; the others are."""
-        if layers == self.idle_layers:
-            return
-        come_back = self.idle_layers - layers
-        self.idle_layers = layers
-        self.adaptation.profile.reconsider()  # Others are worth being resident.
-        if self.active and self.budget_bytes is not None and come_back:
-            self.fit_into(self.budget_bytes)  # The ring may be too small for them.
-        elif self.active:
-            self._expect()
-
-    def conditioning_of(
-        self, root: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Hashable:
-        """What a forward of `root` with these arguments gives `begin_step` as its conditioning. It is not
-        asked for where all layers are resident: that takes no time to be saved."""
-        if (
-            self.conditioning is None
-            or not self.keeps_outputs
-            or not self.kept_outputs.layers
-            or all(layer.resident is not None for layer in self.layers)
-        ):
-            return None
-        return self.conditioning.key(root, args, kwargs)
 
     def end_step(self, root: torch.nn.Module) -> None:
         """The forward of `root` is over."""
         traced = self.state.streamer.end_step(id(root))
-        self.kept_outputs.end()
+        self.idle.kept.end()
         if traced is not None:
             # Layers of other roots stay where they are, and those of other models have no place here. A new
             # list: the page may be walking along the old one.

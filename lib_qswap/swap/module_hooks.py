@@ -23,6 +23,7 @@ class ModuleHooks:
         self._hooks: list[Any] = []
         self._retrying: list[RetryingForward] = []
         self._forwards: list[tuple[weakref.ref[torch.nn.Module], Any]] = []
+        self._kept: list[tuple[weakref.ref[torch.nn.Module], Any, KeptForward]] = []
         self._hook_roots(attachment)
 
     def _hook_roots(self, attachment: Attachment) -> None:
@@ -31,7 +32,7 @@ class ModuleHooks:
         def before(root: torch.nn.Module, args: Any, kwargs: Any) -> None:
             attachment = reference()
             if attachment is not None:
-                conditioning = attachment.conditioning_of(root, args, kwargs)
+                conditioning = attachment.idle.conditioning_of(root, args, kwargs)
                 attachment.begin_step(root, work_of(id(root), args, kwargs), conditioning)
 
         def after(root: torch.nn.Module, _args: Any, _output: Any) -> None:
@@ -47,7 +48,7 @@ class ModuleHooks:
             attachment = reference()
             if attachment is not None:
                 attachment.state.streamer.abandon_step(id(root))
-                attachment.kept_outputs.abandon()
+                attachment.idle.kept.abandon()
 
         for reference_to_root in attachment.roots:
             root = reference_to_root()
@@ -79,30 +80,41 @@ class ModuleHooks:
 
     def keep_outputs(self, attachment: Attachment) -> None:
         """Lets the layers that depend on the conditioning alone give what they gave before."""
-        for layer in attachment.kept_outputs.layers:
+        for layer in attachment.idle.kept.layers:
             module = layer.module()
             if module is not None:
                 original = module.__dict__.get("forward")
                 call = _ignoring_module(original) if original is not None else None
-                module.__dict__["forward"] = KeptForward(layer, call, attachment.kept_outputs)
-                self._forwards.append((weakref.ref(module), original))
+                module.__dict__["forward"] = ours = KeptForward(layer, call, attachment.idle.kept)
+                self._kept.append((weakref.ref(module), original, ours))
 
     def remove(self) -> None:
         """Gives the modules their own forwards back. Idempotent."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for reference, original in reversed(self._forwards):
+        for reference, original, ours in self._kept:
+            module = reference()
+            # Whoever has put another in its place since calls it: it only passes on from now on.
+            if module is not None and module.__dict__.get("forward") is ours:
+                _put(module, original)
+        self._kept.clear()
+        for reference, original in self._forwards:
             module = reference()
             if module is not None:
-                if original is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.__dict__["forward"] = original
+                _put(module, original)
         self._forwards.clear()
         for forward in self._retrying:
             forward.remove()
         self._retrying.clear()
+
+
+def _put(module: torch.nn.Module, forward: Any) -> None:
+    """Gives `module` a forward of its own, or, with None, its class's."""
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = forward
 
 
 def _ignoring_module(function: Any) -> Any:
