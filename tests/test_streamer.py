@@ -10,6 +10,7 @@ import swap_models as sm
 import torch
 
 from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.swap.device import Device
 from lib_qswap.swap.manager import attach, attached
 
 pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("engine")]
@@ -457,6 +458,65 @@ def test_a_copy_that_fails_is_an_error_of_its_layer_and_the_next_step_works(sim)
         sim.fail_next_copy(0)
         assert torch.equal(call(model), right)
         assert torch.equal(call(model), right)
+
+
+# ----------------------------------------------------------------------------------- what steps cost the host
+@pytest.mark.parametrize("location", ["shared", "cpu"])
+def test_steps_that_follow_use_the_events_of_those_before(sim, compute_mode, location, monkeypatch):
+    model = Steps(30)
+    made = []
+
+    def counting(self, **options):
+        made.append(options)
+        return new_event(self, **options)
+
+    new_event = Device.new_event
+    monkeypatch.setattr(Device, "new_event", counting)
+    with swapped(model, location=location):
+        for _ in range(6):
+            call(model)
+        made.clear()
+        for _ in range(4):
+            call(model)
+        assert len(made) == 4 * 2, "the begin and the end of each step, and nothing for a layer"
+
+
+@pytest.mark.parametrize("location", ["shared", "cpu"])
+def test_events_are_not_recorded_again_while_somebody_may_ask_for_them(sim, compute_mode, location):
+    model = Steps()
+    right = expected(model)
+    with swapped(model, location=location) as attachment:
+        for _ in range(4):
+            call(model)
+        sim.synchronize()
+        held = [*attachment.state.streamer._retired]  # as a page's thread holds them while it looks
+        times = [held[0].events.started.elapsed_time(transfer.events.ready) for transfer in held]
+        for _ in range(4):
+            assert torch.equal(call(model), right)
+        sim.synchronize()
+        assert len(held) > len(model.layers)
+        assert times == [held[0].events.started.elapsed_time(transfer.events.ready) for transfer in held]
+        others = [*attachment.state.streamer._retired, *attachment.state.streamer._ahead]
+        assert not {id(one.events) for one in held} & {id(one.events) for one in others if one not in held}
+
+
+@pytest.mark.parametrize("location", ["shared", "cpu"])
+def test_steps_leave_python_s_garbage_collector_nothing_to_do(sim, location):
+    model = Steps(40)
+    x = X.to(GPU)
+    with swapped(model, location=location, rings=8), torch.inference_mode():
+        for _ in range(6):
+            model(x)
+        gc.collect()
+        before = gc.get_threshold()
+        done = gc.get_stats()[0]["collections"]
+        gc.set_threshold(10 * len(model.layers))  # One object kept for each use would soon be as many.
+        try:
+            for _ in range(50):
+                model(x)
+            assert gc.get_stats()[0]["collections"] == done
+        finally:
+            gc.set_threshold(*before)
 
 
 # ------------------------------------------------------------------------------------------- overlap, times

@@ -9,8 +9,10 @@ asked for.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,73 +38,99 @@ def staging_buffer_bytes(threads: int) -> int:
     return STAGING_BUFFER_BYTES * (2 if threads > 1 else 1)
 
 
-ISSUED = threading.Event()
-ISSUED.set()
+class Events:
+    """What a transfer is ordered and timed by. Making them takes the host longer than all else that a
+    transfer does: the next one has them when nobody holds on to this one any more.
+
+    Attributes:
+        started, ready: on the copy stream, around the copy.
+        awaited: on the compute stream, where its layer asked for it.
+        done: on the compute stream, behind what reads the target.
+        issued: set once the copy has been handed to the device, where another thread does that.
+    """
+
+    __slots__ = ("awaited", "done", "issued", "ready", "started")
+
+    def __init__(self, device: Device) -> None:
+        self.started = device.new_event(timing=True)
+        self.ready = device.new_event(timing=True)
+        self.awaited = device.new_event(timing=True)
+        self.done = device.new_event()
+        self.issued: threading.Event | None = None
 
 
 class Transfer:
     """One payload on its way to `target` (uint8, flat, on the device).
 
     Attributes:
-        waits: events after which `target` may be written.
-        started, ready: events on the copy stream around the copy; recorded once `recorded` and `issued`
-            are set.
-        issued: set once the copy has been handed to the device; the event of each transfer that another
-            thread hands over, one for all that need none of their own.
-        awaited: the event on the compute stream at which its layer asked for it; None before.
+        parts: the layer's tensors in `target`.
+        after: the transfers whose target lay there before: this one is written when they are done.
+        events: None until the copier has it. Who holds an event has to hold the transfer.
+        recorded, issued, awaited: whether `started`, `ready` and `awaited` of them have been recorded. (One
+            that never was counts as happened.)
         uploads: whether it makes its layer resident.
         error: why the bytes are not there, if so.
     """
 
     __slots__ = (
+        "_spare",
+        "after",
         "awaited",
         "cancelled",
         "error",
+        "events",
         "issued",
         "layer",
-        "nbytes",
-        "ready",
+        "parts",
         "recorded",
         "slot",
-        "started",
         "target",
         "uploads",
-        "waits",
     )
 
     def __init__(
         self,
         layer: Layer,
         target: torch.Tensor,
-        slot: Slot | None,
-        waits: list[Any],
+        parts: dict[str, torch.Tensor],
+        slot: Slot | None = None,
+        after: Sequence[Transfer] = (),
         *,
         uploads: bool = False,
     ) -> None:
-        self.layer, self.target, self.slot, self.waits, self.uploads = layer, target, slot, waits, uploads
-        self.nbytes = target.numel()
-        self.started: Any = None
-        self.ready: Any = None
-        self.awaited: Any = None
-        self.issued = ISSUED
-        self.recorded = False
-        self.cancelled = False
+        self.events: Any = None
+        self.layer, self.target, self.parts, self.slot = layer, target, parts, slot
+        self.after, self.uploads = after, uploads
+        self.recorded = self.issued = self.awaited = self.cancelled = False
         self.error: BaseException | None = None
+
+    def take_events(self, spare: list[Events], device: Device) -> None:
+        """The copier has it. Its events are of `spare`, where there are any, and go back there."""
+        self._spare = spare
+        try:
+            self.events = spare.pop()
+        except IndexError:
+            self.events = Events(device)
+
+    def __del__(self) -> None:
+        # Reference counts say when nobody can ask for these events any more, in whatever thread.
+        if self.events is not None:
+            self._spare.append(self.events)
 
     @property
     def submitted(self) -> bool:
         """Whether the copier has it."""
-        return self.started is not None
+        return self.events is not None
 
     @property
     def begun(self) -> bool:
         """Whether bytes are on their way: the device has come to the copy."""
-        return self.recorded and self.started.query()
+        return self.recorded and bool(self.events.started.query())
 
     @property
     def arrived(self) -> bool:
         """Whether all bytes are there."""
-        return self.submitted and self.issued.is_set() and self.error is None and bool(self.ready.query())
+        return self.issued and self.error is None and bool(self.events.ready.query())
 
 
 class Copier:
@@ -120,6 +148,7 @@ class Copier:
         self.staging_locked_bytes = 0
         self.reader = Reader()
         self._staging_memory: torch.Tensor | None = None
+        self._spare_events: list[Events] = []
         self._staging: list[tuple[torch.Tensor, Any]] = []
         self._next_staging = 0
         self._queue: queue.SimpleQueue[Transfer | threading.Event | None] | None = None
@@ -143,7 +172,10 @@ class Copier:
                 self._allocate_staging()
             self._queue = queue.SimpleQueue()
             self._thread = threading.Thread(
-                target=_work, args=(self._queue, self._issue), name="qswap-copier", daemon=True
+                target=_work,
+                args=(self._queue, self._device.on_stream(self.stream), self._issue),
+                name="qswap-copier",
+                daemon=True,
             )
             self._thread.start()
         else:
@@ -188,17 +220,18 @@ class Copier:
             assert self._staging_memory is not None
             for piece in self._staging_memory.split(buffer_bytes):
                 free = self._device.new_event()
-                self._device.record(free, self.stream)
+                free.record(self.stream)
                 self._staging.append((piece, free))
 
     def submit(self, transfer: Transfer) -> None:
-        """Begins `transfer`; at the latest when `transfer.issued` is set, `transfer.ready` can be waited
-        for."""
-        transfer.started = self._device.new_event(timing=True)
-        transfer.ready = self._device.new_event(timing=True)
-        self.h2d_bytes += transfer.nbytes
+        """Begins `transfer`; `transfer.events.ready` can be waited for when it is `issued`."""
+        transfer.take_events(self._spare_events, self._device)
+        self.h2d_bytes += transfer.layer.payload_bytes
         if self._queue is not None:
-            transfer.issued = threading.Event()
+            if transfer.events.issued is None:
+                transfer.events.issued = threading.Event()
+            else:
+                transfer.events.issued.clear()
             self._queue.put(transfer)
         else:
             self._issue(transfer)
@@ -222,20 +255,25 @@ class Copier:
         return threading.current_thread() is self._thread
 
     def _issue(self, transfer: Transfer) -> None:
+        events, stream = transfer.events, self.stream
         try:
-            with self._device.on_stream(self.stream):
-                for event in transfer.waits:
-                    self._device.wait(event, self.stream)
-                self._device.record(transfer.started, self.stream)
-                transfer.recorded = True  # An event that was never recorded counts as happened.
-                if not transfer.cancelled:
+            for earlier in transfer.after:
+                earlier.events.done.wait(stream)
+            events.started.record(stream)
+            transfer.recorded = True
+            if not transfer.cancelled:
+                if self.staged:  # On the worker, whose stream it is.
                     self._copy(transfer)
-                self._device.record(transfer.ready, self.stream)
+                else:
+                    self._device.issue_on(stream, self._copy, transfer)
+            events.ready.record(stream)
         except BaseException as error:
             transfer.error = error
         finally:
-            if transfer.issued is not ISSUED:
-                transfer.issued.set()
+            transfer.after = ()  # Their events are free for others now.
+            transfer.issued = True
+            if events.issued is not None:
+                events.issued.set()
 
     def _copy(self, transfer: Transfer) -> None:
         home, target = transfer.layer.home, transfer.target
@@ -255,7 +293,7 @@ class Copier:
                 free.synchronize()
                 self.reader.read(home, buffer[: piece.numel()], start)
                 piece.copy_(buffer[: piece.numel()], non_blocking=True)
-                self._device.record(free, self.stream)
+                free.record(self.stream)
         elif home.payload is not None:
             target.copy_(home.payload)
         else:
@@ -264,13 +302,19 @@ class Copier:
             target.copy_(memory)
 
 
-def _work(items: queue.SimpleQueue[Transfer | threading.Event | None], issue: Any) -> None:
+def _work(
+    items: queue.SimpleQueue[Transfer | threading.Event | None],
+    on_stream: contextlib.AbstractContextManager[Any],
+    issue: Callable[[Transfer], None],
+) -> None:
     """The worker's loop, until it gets None."""
-    while (item := items.get()) is not None:
-        if isinstance(item, threading.Event):
-            item.set()
-        else:
-            issue(item)
+    with on_stream:
+        while (item := items.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+            else:
+                issue(item)
+            del item  # A transfer that nobody else holds on to leaves its events to the next one.
 
 
 def _report_pageable(reason: str) -> None:

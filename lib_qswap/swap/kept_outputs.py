@@ -175,7 +175,7 @@ class KeptOutputs:
             self._key = self._full_key(key)
 
     def _serve(self, found: _Kept) -> None:
-        self._device.wait(found.ready, self._device.current_stream())
+        found.ready.wait(self._device.current_stream())
         try:
             memory = torch.empty(found.memory.numel(), dtype=torch.uint8, device=self._device.device)
         except torch.cuda.OutOfMemoryError:  # the name that torch 2.3 has as well, for every device
@@ -241,7 +241,7 @@ class KeptOutputs:
             place.view(together).copy_(outputs[layer])
         memory.copy_(together, non_blocking=True)
         ready = self._device.new_event()
-        self._device.record(ready, self._device.current_stream())
+        ready.record(self._device.current_stream())
         self._kept[key] = _Kept(memory, places, ready, self._asked)
         self.nbytes += start
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import re
 import threading
 import time
@@ -206,7 +207,7 @@ def trace_events() -> list[dict[str, Any]]:
                         _event(f"wait for {name}", "stall", process, 1, start + begin, served - begin)
                     )
                 events.append(_event(name, "use", process, 0, start + served, 0.0))
-                if copy_begin is not None and copy_end is not None:
+                if not math.isnan(copy_end):
                     events.append(
                         _event(name, "copy", process, 2, max(0.0, start + copy_begin), copy_end - copy_begin)
                     )

@@ -6,7 +6,7 @@ device.
 
 from __future__ import annotations
 
-import itertools
+from array import array
 from collections import deque
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -16,22 +16,26 @@ from lib_qswap.swap.device import Device
 from lib_qswap.swap.layer import Layer, Measured
 
 KEPT_STEPS = 8
+NAN = float("nan")
 
 
-class Use(NamedTuple):
-    """One use of a layer: the event on the compute stream at which it asked for its weights."""
+class ResidentUse(NamedTuple):
+    """One use of a layer that needs no transfer: the event on the compute stream at which it began."""
 
     layer: Layer
     begun: Any
-    transfer: Transfer | None
 
-    @property
-    def served(self) -> Any:
-        """The event at which its layer could begin: the later one of both. An event of its own would cost
-        the host as much as all the rest of a use."""
-        if self.transfer is None or self.begun.elapsed_time(self.transfer.ready) <= 0:
-            return self.begun
-        return self.transfer.ready
+
+class Span(NamedTuple):
+    """One use of a layer, in seconds since the begin of its step: when it asked for its weights, when it had
+    them, and when their copy began and ended; nan where there was none. A copy may have begun in the step
+    before: a negative time."""
+
+    name: str
+    begun_s: float
+    served_s: float
+    copy_begun_s: float
+    copy_ended_s: float
 
 
 class StepTimes(NamedTuple):
@@ -39,7 +43,7 @@ class StepTimes(NamedTuple):
 
     seconds: from its begin to its end on the compute stream; stall_s: how long it waited for weights;
         copy_s, h2d_bytes: how long the copy stream spent on the transfers used in it, and what they brought,
-        without those that made layers resident; marks: what `spans` is made from.
+        without those that made layers resident; names, times: what `spans` is made from.
     """
 
     root: Hashable
@@ -47,16 +51,13 @@ class StepTimes(NamedTuple):
     stall_s: float
     copy_s: float
     h2d_bytes: int
-    base: Any
-    marks: list[tuple[str, Any, Any, Any, Any]]
+    names: list[str]
+    times: array[float]
 
-    def spans(self) -> list[tuple[str, float, float, float | None, float | None]]:
-        """(layer, begin, served, copy begin, copy end) in seconds since the begin of the step. A copy may
-        have begun in the step before: a negative time."""
-        return [(name, *(self._since(event) for event in events)) for name, *events in self.marks]
-
-    def _since(self, event: Any) -> Any:
-        return None if event is None else self.base.elapsed_time(event) * 1e-3
+    def spans(self) -> list[Span]:
+        """The uses in it, in their order."""
+        fours = zip(*[iter(self.times)] * 4, strict=True)
+        return [Span(name, *four) for name, four in zip(self.names, fours, strict=True)]
 
 
 class _Step:
@@ -65,7 +66,7 @@ class _Step:
     def __init__(self, root: Hashable, base: Any, measured: Hashable) -> None:
         self.root, self.base, self.measured = root, base, measured
         self.end: Any = None
-        self.uses: list[Use] = []
+        self.uses: list[Transfer | ResidentUse] = []
         self.reads: dict[Layer, list[Any]] = {}
 
 
@@ -116,21 +117,23 @@ class Timeline:
     def mark(self, stream: Any) -> Any:
         """A point in time on `stream`."""
         event = self._device.new_event(timing=True)
-        self._device.record(event, stream)
+        event.record(stream)
         return event
 
-    def used(self, layer: Layer, transfer: Transfer | None, begun: Any) -> None:
-        """`layer` asked for its weights at `begun`, and computes as soon as `transfer` has brought them."""
-        if transfer is not None:
-            transfer.awaited = begun
+    def used(self, transfer: Transfer) -> None:
+        """The layer of `transfer` has asked for its weights, and computes as soon as they are there."""
         if self._step is not None:
-            self._step.uses.append(Use(layer, begun, transfer))
+            self._step.uses.append(transfer)
 
-    def read(self, layer: Layer, event: Any = None) -> None:
-        """What reads the weights of `layer` has been issued: up to `event`, or to now."""
+    def used_at_once(self, layer: Layer) -> None:
+        """`layer` has asked for its weights, which were there."""
+        if self._step is not None:
+            self._step.uses.append(ResidentUse(layer, self.mark(self._device.current_stream())))
+
+    def read(self, layer: Layer) -> None:
+        """What reads the weights of `layer` has been issued."""
         if self._step is not None and self.profiling:
-            if event is None:
-                event = self.mark(self._device.current_stream())
+            event = self.mark(self._device.current_stream())
             self._step.reads.setdefault(layer, []).append(event)
 
     @property
@@ -144,41 +147,44 @@ class Timeline:
             self._read(self._waiting.popleft())
 
     def _read(self, step: _Step) -> None:
-        """Few calls for each use: on a GPU each costs a microsecond."""
-        marks: list[tuple[str, Any, Any, Any, Any]] = []
+        """Few calls for each use, and no objects that are kept: on a GPU each costs a microsecond, and many
+        objects make Python look through all that there are."""
+        since = step.base.elapsed_time
+        times = array("d")
         stall = copy = 0.0
         h2d_bytes = 0
-        served = [use.served for use in step.uses]
-        for (layer, begun, transfer), at in zip(step.uses, served, strict=True):
-            if transfer is None:
-                marks.append((layer.name, begun, begun, None, None))
+        for use in step.uses:
+            if isinstance(use, ResidentUse):
+                begun = since(use.begun) * 1e-3
+                times.extend((begun, begun, NAN, NAN))
                 continue
-            waited = _seconds(begun, at)
-            stall += waited
-            layer.times.stall_s = waited
-            layer.times.stall_total_s += waited
-            if not transfer.uploads:
-                h2d_bytes += transfer.nbytes
-                copy += _seconds(transfer.started, transfer.ready)
-            marks.append((layer.name, begun, at, transfer.started, transfer.ready))
+            layer, events = use.layer, use.events
+            begun, copy_begun = since(events.awaited) * 1e-3, since(events.started) * 1e-3
+            copy_ended = since(events.ready) * 1e-3
+            served = max(begun, copy_ended)
+            times.extend((begun, served, copy_begun, copy_ended))
+            stall += served - begun
+            layer.times.stall_s = served - begun
+            layer.times.stall_total_s += served - begun
+            if not use.uploads:
+                h2d_bytes += layer.payload_bytes
+                copy += max(0.0, copy_ended - copy_begun)
+        seconds = max(0.0, since(step.end) * 1e-3)
         if step.measured is not None:
-            self._measure(step, served)
-        self.finished.append(
-            StepTimes(step.root, _seconds(step.base, step.end), stall, copy, h2d_bytes, step.base, marks)
-        )
+            self._measure(step, times, seconds)
+        names = [use.layer.name for use in step.uses]
+        self.finished.append(StepTimes(step.root, seconds, stall, copy, h2d_bytes, names, times))
 
-    def _measure(self, step: _Step, served: list[Any]) -> None:
+    def _measure(self, step: _Step, times: array[float], seconds: float) -> None:
         measured: dict[Layer, Measured] = {}
-        ends = itertools.chain((use.begun for use in step.uses[1:]), [step.end])
-        for use, begin, end in zip(step.uses, served, ends):  # noqa: B905 (without uses an end is left)
-            compute_s = _seconds(begin, end)
+        begun = [*times[0::4], seconds]
+        for i, (use, served) in enumerate(zip(step.uses, times[1::4], strict=True)):
+            compute_s = max(0.0, begun[i + 1] - served)
             reads = step.reads.get(use.layer)
-            read_s = min(compute_s, _seconds(begin, reads.pop(0))) if reads else compute_s
+            read_s = compute_s
+            if reads:
+                read_s = min(compute_s, max(0.0, step.base.elapsed_time(reads.pop(0)) * 1e-3 - served))
             before = measured.get(use.layer, Measured(0.0, 0.0))
             measured[use.layer] = Measured(before.compute_s + compute_s, before.read_s + read_s)
-        for layer, times in measured.items():
-            layer.times.by_work[step.measured] = times
-
-
-def _seconds(first: Any, then: Any) -> float:
-    return max(0.0, first.elapsed_time(then) * 1e-3)
+        for layer, found in measured.items():
+            layer.times.by_work[step.measured] = found
