@@ -473,7 +473,7 @@ def test_steps_that_follow_use_the_events_of_those_before(sim, compute_mode, loc
     new_event = Device.new_event
     monkeypatch.setattr(Device, "new_event", counting)
     with swapped(model, location=location):
-        for _ in range(6):
+        for _ in range(12):  # as long as steps are kept
             call(model)
         made.clear()
         for _ in range(4):
@@ -500,12 +500,52 @@ def test_events_are_not_recorded_again_while_somebody_may_ask_for_them(sim, comp
         assert not {id(one.events) for one in held} & {id(one.events) for one in others if one not in held}
 
 
+def test_steps_are_read_when_somebody_looks_at_them(sim, compute_mode, monkeypatch):
+    asked = []
+    elapsed_time = sim.Event.elapsed_time
+    monkeypatch.setattr(
+        sim.Event, "elapsed_time", lambda first, then: asked.append(1) or elapsed_time(first, then)
+    )
+    model = Steps(12)
+    with swapped(model) as attachment:
+        timeline = attachment.state.streamer.timeline
+        for _ in range(4):
+            call(model)
+        assert [step.h2d_bytes for step in timeline.finished] == [attachment.payload_bytes] * 3
+        asked.clear()
+        for _ in range(3):
+            call(model)
+        assert not asked
+        last = timeline.finished[-1]
+        assert last.h2d_bytes == attachment.payload_bytes
+        assert last.copy_s > 0
+        assert [span.name for span in last.spans()] == [layer.name for layer in attachment.layers]
+        assert asked
+        asked.clear()
+        assert timeline.finished[-1] is last
+        assert not asked, "once read is enough"
+
+
+def test_steps_that_nobody_looked_at_hold_no_device_memory(sim):
+    model = Steps(12)
+    before = sim.memory_allocated()
+    with swapped(model) as attachment:
+        for _ in range(6):
+            call(model)
+        attachment.rebalance(1 << 30)
+        call(model)  # Its residents are copied in this step, which is not measured.
+        attachment.rebalance(0)
+        beside = attachment.state.shared_bytes + attachment.fixed_bytes
+        gc.collect()
+        assert sim.memory_allocated() - before == beside
+
+
 @pytest.mark.parametrize("location", ["shared", "cpu"])
 def test_steps_leave_python_s_garbage_collector_nothing_to_do(sim, location):
     model = Steps(40)
     x = X.to(GPU)
     with swapped(model, location=location, rings=8), torch.inference_mode():
-        for _ in range(6):
+        for _ in range(12):
             model(x)
         gc.collect()
         before = gc.get_threshold()
@@ -550,7 +590,7 @@ def steady_steps(model, attachment, count):
     torch.simgpu.synchronize()
     timeline = attachment.state.streamer.timeline
     timeline.collect()
-    return list(timeline.finished)[2:]
+    return timeline.finished[2:]
 
 
 @pytest.mark.usefixtures("virtual_time")
@@ -596,7 +636,7 @@ def test_stalls_are_what_the_bandwidth_dictates(sim, compute_mode):
             )
         layer = attachment.layers[3]
         assert layer.times.uses == 6
-        assert layer.times.stall_total_s >= layer.times.stall_s > 0
+        assert layer.times.stall_s > 0
 
 
 @pytest.mark.usefixtures("virtual_time")

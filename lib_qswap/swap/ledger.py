@@ -116,6 +116,8 @@ def snapshot() -> dict[str, Any]:
 def model_snapshot(model: Attachment) -> dict[str, Any]:
     """One entry of the snapshot's `models`."""
     states = model.state.streamer.states() if model.active else {}
+    swapped = sum(layer.payload_bytes for layer in model.running_layers if layer.resident is None)
+    step = _step_snapshot(model, swapped)  # Reads what layers took in it.
     layers = []
     pinned = 0
     for index, layer in enumerate(model.layers):
@@ -138,7 +140,6 @@ def model_snapshot(model: Attachment) -> dict[str, Any]:
                 "read_us": _microseconds(measured.read_s if measured else None),
             }
         )
-    swapped = sum(layer.payload_bytes for layer in model.running_layers if layer.resident is None)
     return {
         "name": model.name,
         "managed": True,
@@ -156,7 +157,7 @@ def model_snapshot(model: Attachment) -> dict[str, Any]:
             "spared_per_step": sum(layer.payload_bytes for layer in model.idle_layers),
             "kept_outputs": model.kept_outputs.nbytes,
         },
-        "step": _step_snapshot(model, swapped),
+        "step": step,
         "layers": layers,
     }
 
@@ -177,7 +178,7 @@ def _microseconds(seconds: float | None) -> float | None:
 
 def _step_snapshot(model: Attachment, swapped_bytes: int) -> dict[str, Any]:
     roots = {id(reference()) for reference in model.roots}
-    finished = [step for step in list(model.state.streamer.timeline.finished) if step.root in roots]
+    finished = [step for step in model.state.streamer.timeline.finished if step.root in roots]
     step: dict[str, Any] = {"index": model.run.index, "of": model.run.steps}
     if finished:
         last = finished[-1]
@@ -200,7 +201,7 @@ def trace_events() -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     for process, state in enumerate({id(model.state): model.state for model in attachments()}.values()):
         start = 0.0
-        for step in list(state.streamer.timeline.finished):
+        for step in state.streamer.timeline.finished:
             for name, begin, served, copy_begin, copy_end in step.spans():
                 if served > begin:
                     events.append(

@@ -1,7 +1,7 @@
 """What the last steps did, from device events: seconds, stalls, and the trace that a profiler page can draw.
 
-Events are recorded in a step and read when they have happened, steps later: nothing here waits for the
-device.
+Events are recorded in a step and read when they have happened, and then only if somebody asks: nothing here
+waits for the device, and what nobody looks at costs a step little.
 """
 
 from __future__ import annotations
@@ -61,11 +61,12 @@ class StepTimes(NamedTuple):
 
 
 class _Step:
-    __slots__ = ("base", "end", "measured", "reads", "root", "uses")
+    __slots__ = ("base", "end", "measured", "reads", "root", "times", "uses")
 
     def __init__(self, root: Hashable, base: Any, measured: Hashable) -> None:
         self.root, self.base, self.measured = root, base, measured
         self.end: Any = None
+        self.times: StepTimes | None = None
         self.uses: list[Transfer | ResidentUse] = []
         self.reads: dict[Layer, list[Any]] = {}
 
@@ -81,8 +82,14 @@ class Timeline:
         self._device = device
         self._step: _Step | None = None
         self._waiting: deque[_Step] = deque(maxlen=16)
+        self._ended: deque[_Step] = deque(maxlen=KEPT_STEPS)
         self.profiling = False
-        self.finished: deque[StepTimes] = deque(maxlen=KEPT_STEPS)
+
+    @property
+    def finished(self) -> list[StepTimes]:
+        """The last steps that the device had done when `collect` was called, oldest first. Any thread may
+        ask."""
+        return self._read_all()
 
     def begin(self, root: Hashable, measured: Hashable = None) -> None:
         """A forward of `root` begins. `measured`: the work whose times are taken in it, if any."""
@@ -109,9 +116,10 @@ class Timeline:
             self._step, self.profiling = None, False
 
     def forget(self) -> None:
-        """The steps that have not been read yet are dropped, and with them what they hold on to."""
+        """The steps that the device has not done yet are dropped, and nothing is held on to."""
         self.collect()
         self._waiting.clear()
+        self._read_all()
         self._step, self.profiling = None, False
 
     def mark(self, stream: Any) -> Any:
@@ -142,18 +150,27 @@ class Timeline:
         return self._step is None and all(step.end.query() for step in self._waiting.copy())
 
     def collect(self) -> None:
-        """Reads the steps whose events have all happened."""
+        """Looks which steps the device has done. What was measured in them is read."""
+        measured = False
         while self._waiting and self._waiting[0].end.query():
-            self._read(self._waiting.popleft())
+            self._ended.append(self._waiting.popleft())
+            measured = measured or self._ended[-1].measured is not None
+        if measured:
+            self._read_all()
 
-    def _read(self, step: _Step) -> None:
-        """Few calls for each use, and no objects that are kept: on a GPU each costs a microsecond, and many
-        objects make Python look through all that there are."""
+    def _read_all(self) -> list[StepTimes]:
+        return [self._read(step) for step in self._ended.copy()]
+
+    def _read(self, step: _Step) -> StepTimes:
+        """What `step` took. Several threads may read it at once: they find the same."""
+        uses, reads = step.uses, step.reads
+        if step.times is not None:
+            return step.times
         since = step.base.elapsed_time
         times = array("d")
         stall = copy = 0.0
         h2d_bytes = 0
-        for use in step.uses:
+        for use in uses:
             if isinstance(use, ResidentUse):
                 begun = since(use.begun) * 1e-3
                 times.extend((begun, begun, NAN, NAN))
@@ -165,25 +182,33 @@ class Timeline:
             times.extend((begun, served, copy_begun, copy_ended))
             stall += served - begun
             layer.times.stall_s = served - begun
-            layer.times.stall_total_s += served - begun
             if not use.uploads:
                 h2d_bytes += layer.payload_bytes
                 copy += max(0.0, copy_ended - copy_begun)
         seconds = max(0.0, since(step.end) * 1e-3)
         if step.measured is not None:
-            self._measure(step, times, seconds)
-        names = [use.layer.name for use in step.uses]
-        self.finished.append(StepTimes(step.root, seconds, stall, copy, h2d_bytes, names, times))
+            self._measure(step, uses, reads, times, seconds)
+        names = [use.layer.name for use in uses]
+        found = step.times = StepTimes(step.root, seconds, stall, copy, h2d_bytes, names, times)
+        step.uses, step.reads = [], {}  # Nothing is held on to: layers can go, and events are used again.
+        return found
 
-    def _measure(self, step: _Step, times: array[float], seconds: float) -> None:
+    def _measure(
+        self,
+        step: _Step,
+        uses: list[Transfer | ResidentUse],
+        reads: dict[Layer, list[Any]],
+        times: array[float],
+        seconds: float,
+    ) -> None:
         measured: dict[Layer, Measured] = {}
+        coming = {layer: iter(events) for layer, events in reads.items()}
         begun = [*times[0::4], seconds]
-        for i, (use, served) in enumerate(zip(step.uses, times[1::4], strict=True)):
+        for i, (use, served) in enumerate(zip(uses, times[1::4], strict=True)):
             compute_s = max(0.0, begun[i + 1] - served)
-            reads = step.reads.get(use.layer)
-            read_s = compute_s
-            if reads:
-                read_s = min(compute_s, max(0.0, step.base.elapsed_time(reads.pop(0)) * 1e-3 - served))
+            read_s, event = compute_s, next(coming.get(use.layer, iter(())), None)
+            if event is not None:
+                read_s = min(compute_s, max(0.0, step.base.elapsed_time(event) * 1e-3 - served))
             before = measured.get(use.layer, Measured(0.0, 0.0))
             measured[use.layer] = Measured(before.compute_s + compute_s, before.read_s + read_s)
         for layer, found in measured.items():
