@@ -379,15 +379,15 @@ def test_a_model_collected_in_the_midst_of_another_ones_step_neither_blocks_nor_
 
     model = Steps()
     right = expected(model)
-    copy, armed = Copier._copy, []
+    begin, armed = Copier._begin, []
 
     def collecting(self, transfer):
         if armed:
             armed.pop()
             gc.collect()
-        copy(self, transfer)
+        begin(self, transfer)
 
-    monkeypatch.setattr(Copier, "_copy", collecting)
+    monkeypatch.setattr(Copier, "_begin", collecting)
     with swapped(model, location=location) as attachment:
         call(model)
         other = Steps(seed=1)
@@ -411,6 +411,7 @@ def test_a_model_collected_in_the_midst_of_another_ones_step_neither_blocks_nor_
             thread.join(LATE_S)
         finally:
             gc.enable()
+        assert not armed
         assert len(results) == 3, "the step is stuck"
         assert all(torch.equal(result, right) for result in results)
         assert not second.active

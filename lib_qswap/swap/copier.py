@@ -9,11 +9,11 @@ asked for.
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import torch
 
@@ -21,116 +21,43 @@ from lib_qswap.swap import ledger
 from lib_qswap.swap.arena import HostBuffer, PinnedBlock
 from lib_qswap.swap.device import Device
 from lib_qswap.swap.home import PinBudget
-from lib_qswap.swap.reader import Reader
+from lib_qswap.swap.reader import Failed, Reader, Reading
+from lib_qswap.swap.transfer import Events, Transfer
 
-if TYPE_CHECKING:
-    from lib_qswap.swap.layer import Layer
-    from lib_qswap.swap.ring import Slot
-
-# Where several threads read, half as many buffers of twice the size: handing out a piece to them and waiting
-# for the last takes a good part of the time in which they read it.
 STAGING_BUFFER_BYTES = 8 << 20
 STAGING_BUFFERS = 4
+BEING_COPIED = 2
+"""Buffers that the device reads while the others are filled."""
 
 
 def staging_buffer_bytes(threads: int) -> int:
-    """Of each, where so many threads read."""
-    return STAGING_BUFFER_BYTES * (2 if threads > 1 else 1)
+    """Of each, where so many threads read. Several fill twice as many buffers, of half the size."""
+    return STAGING_BUFFER_BYTES // (2 if threads > 1 else 1)
 
 
-class Events:
-    """What a transfer is ordered and timed by. Making them takes the host longer than all else that a
-    transfer does: the next one has them when nobody holds on to this one any more.
-
-    Attributes:
-        started, ready: on the copy stream, around the copy.
-        awaited: on the compute stream, where its layer asked for it.
-        done: on the compute stream, behind what reads the target.
-        issued: set once the copy has been handed to the device, where another thread does that.
-    """
-
-    __slots__ = ("awaited", "done", "issued", "ready", "started")
-
-    def __init__(self, device: Device) -> None:
-        self.started = device.new_event(timing=True)
-        self.ready = device.new_event(timing=True)
-        self.awaited = device.new_event(timing=True)
-        self.done = device.new_event()
-        self.issued: threading.Event | None = None
-
-
-class Transfer:
-    """One payload on its way to `target` (uint8, flat, on the device).
+class Piece:
+    """A part of a transfer on its way through a staging buffer.
 
     Attributes:
-        parts: the layer's tensors in `target`.
-        after: the transfers whose target lay there before: this one is written when they are done.
-        events: None until the copier has it. Who holds an event has to hold the transfer.
-        recorded, issued, awaited: whether `started`, `ready` and `awaited` of them have been recorded. (One
-            that never was counts as happened.)
-        uploads: whether it makes its layer resident.
-        error: why the bytes are not there, if so.
+        free: the event after which the buffer may be filled again.
     """
 
-    __slots__ = (
-        "_spare",
-        "after",
-        "awaited",
-        "cancelled",
-        "error",
-        "events",
-        "issued",
-        "layer",
-        "parts",
-        "recorded",
-        "slot",
-        "target",
-        "uploads",
-    )
+    __slots__ = ("free", "is_first", "is_last", "reading", "target", "transfer")
 
     def __init__(
         self,
-        layer: Layer,
+        transfer: Transfer,
         target: torch.Tensor,
-        parts: dict[str, torch.Tensor],
-        slot: Slot | None = None,
-        after: Sequence[Transfer] = (),
-        *,
-        uploads: bool = False,
+        reading: Reading | Failed,
+        free: Any,
+        place: tuple[bool, bool],
     ) -> None:
-        self.events: Any = None
-        self.layer, self.target, self.parts, self.slot = layer, target, parts, slot
-        self.after, self.uploads = after, uploads
-        self.recorded = self.issued = self.awaited = self.cancelled = False
-        self.error: BaseException | None = None
+        self.transfer, self.target, self.reading, self.free = transfer, target, reading, free
+        self.is_first, self.is_last = place
 
-    def take_events(self, spare: list[Events], device: Device) -> None:
-        """The copier has it. Its events are of `spare`, where there are any, and go back there."""
-        self._spare = spare
-        try:
-            self.events = spare.pop()
-        except IndexError:
-            self.events = Events(device)
 
-    def __del__(self) -> None:
-        # Reference counts say when nobody can ask for these events any more, in whatever thread.
-        if self.events is not None:
-            self._spare.append(self.events)
-
-    @property
-    def submitted(self) -> bool:
-        """Whether the copier has it."""
-        return self.events is not None
-
-    @property
-    def begun(self) -> bool:
-        """Whether bytes are on their way: the device has come to the copy."""
-        return self.recorded and bool(self.events.started.query())
-
-    @property
-    def arrived(self) -> bool:
-        """Whether all bytes are there."""
-        return self.issued and self.error is None and bool(self.events.ready.query())
+Item: TypeAlias = "Transfer | Piece | threading.Event"
+"""What the worker comes to, in the order in which it was asked for; an event says that it has."""
 
 
 class Copier:
@@ -151,6 +78,7 @@ class Copier:
         self._spare_events: list[Events] = []
         self._staging: list[tuple[torch.Tensor, Any]] = []
         self._next_staging = 0
+        self._under_way: deque[Item] = deque()
         self._queue: queue.SimpleQueue[Transfer | threading.Event | None] | None = None
         self._thread: threading.Thread | None = None
 
@@ -172,8 +100,8 @@ class Copier:
                 self._allocate_staging()
             self._queue = queue.SimpleQueue()
             self._thread = threading.Thread(
-                target=_work,
-                args=(self._queue, self._device.on_stream(self.stream), self._issue),
+                target=self._work,
+                args=(self._queue,),
                 name="qswap-copier",
                 daemon=True,
             )
@@ -255,25 +183,27 @@ class Copier:
         return threading.current_thread() is self._thread
 
     def _issue(self, transfer: Transfer) -> None:
-        events, stream = transfer.events, self.stream
         try:
-            for earlier in transfer.after:
-                earlier.events.done.wait(stream)
-            events.started.record(stream)
-            transfer.recorded = True
-            if not transfer.cancelled:
+            self._begin(transfer)
+            if not transfer.cancelled and transfer.error is None:
                 if self.staged:  # On the worker, whose stream it is.
                     self._copy(transfer)
                 else:
-                    self._device.issue_on(stream, self._copy, transfer)
-            events.ready.record(stream)
+                    self._device.issue_on(self.stream, self._copy, transfer)
+            transfer.events.ready.record(self.stream)
         except BaseException as error:
             transfer.error = error
         finally:
-            transfer.after = ()  # Their events are free for others now.
-            transfer.issued = True
-            if events.issued is not None:
-                events.issued.set()
+            _settle(transfer)
+
+    def _begin(self, transfer: Transfer) -> None:
+        try:
+            for earlier in transfer.after:
+                earlier.events.done.wait(self.stream)
+            transfer.events.started.record(self.stream)
+            transfer.recorded = True
+        except Exception as error:
+            transfer.error = error
 
     def _copy(self, transfer: Transfer) -> None:
         home, target = transfer.layer.home, transfer.target
@@ -282,18 +212,6 @@ class Copier:
         elif home.page_locked:
             assert home.payload is not None
             target.copy_(home.payload, non_blocking=True)
-        elif self._staging:
-            buffer_bytes = staging_buffer_bytes(self.reader.threads)
-            if buffer_bytes != self._staging[0][0].numel():
-                self._split_staging(buffer_bytes)
-            for start in range(0, target.numel(), buffer_bytes):
-                piece = target[start : start + buffer_bytes]
-                buffer, free = self._staging[self._next_staging]
-                self._next_staging = (self._next_staging + 1) % len(self._staging)
-                free.synchronize()
-                self.reader.read(home, buffer[: piece.numel()], start)
-                piece.copy_(buffer[: piece.numel()], non_blocking=True)
-                free.record(self.stream)
         elif home.payload is not None:
             target.copy_(home.payload)
         else:
@@ -301,20 +219,99 @@ class Copier:
             home.read_into(memory, 0)
             target.copy_(memory)
 
+    # -------------------------------------------------------------------------------------- the worker thread
+    def _work(self, items: queue.SimpleQueue[Transfer | threading.Event | None]) -> None:
+        """The worker's loop, until it gets None: reads ahead, and copies in the order of the items."""
+        with self._device.on_stream(self.stream):
+            while True:
+                try:
+                    item = items.get(block=not self._under_way)
+                except queue.Empty:
+                    self._carry_out_first()
+                    continue
+                if item is None:
+                    self._carry_out_all()
+                    return
+                for one in self._divided(item):
+                    self._under_way.append(one)
+                    del one
+                    while self._under_way and (len(self._under_way) > self._most_under_way or self._is_due()):
+                        self._carry_out_first()
+                del item  # A transfer that nobody else holds on to leaves its events to the next one.
 
-def _work(
-    items: queue.SimpleQueue[Transfer | threading.Event | None],
-    on_stream: contextlib.AbstractContextManager[Any],
-    issue: Callable[[Transfer], None],
-) -> None:
-    """The worker's loop, until it gets None."""
-    with on_stream:
-        while (item := items.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
-            else:
-                issue(item)
-            del item  # A transfer that nobody else holds on to leaves its events to the next one.
+    def _divided(self, item: Transfer | threading.Event) -> Iterator[Item]:
+        """The pieces of what is read through staging, each begun to be read; else `item`."""
+        if isinstance(item, threading.Event) or not self._is_read_in_pieces(item):
+            yield item
+            return
+        start, end = 0, item.target.numel()
+        try:
+            buffer_bytes = staging_buffer_bytes(self.reader.threads)
+            if buffer_bytes != self._staging[0][0].numel():
+                self._carry_out_all()
+                self._split_staging(buffer_bytes)
+            while start < end:
+                target = item.target[start : start + buffer_bytes]
+                buffer, free = self._staging[self._next_staging]
+                self._next_staging = (self._next_staging + 1) % len(self._staging)
+                free.synchronize()
+                reading = self.reader.begin(item.layer.home, buffer[: target.numel()], start)
+                yield Piece(item, target, reading, free, (start == 0, start + buffer_bytes >= end))
+                start += buffer_bytes
+        except Exception as error:
+            yield Piece(item, item.target, Failed(error), None, (start == 0, True))
+
+    def _is_read_in_pieces(self, transfer: Transfer) -> bool:
+        return bool(self._staging) and not transfer.layer.home.page_locked and not transfer.cancelled
+
+    @property
+    def _most_under_way(self) -> int:
+        """Fewer than there are buffers: one that is filled again has been handed to the device before."""
+        return max(0, len(self._staging) - BEING_COPIED)
+
+    def _is_due(self) -> bool:
+        first = self._under_way[0]
+        return not isinstance(first, Piece) or first.reading.needs_no_waiting
+
+    def _carry_out_all(self) -> None:
+        while self._under_way:
+            self._carry_out_first()
+
+    def _carry_out_first(self) -> None:
+        item = self._under_way.popleft()
+        if isinstance(item, threading.Event):
+            item.set()
+        elif isinstance(item, Transfer):
+            self._issue(item)
+        else:
+            self._issue_piece(item)
+
+    def _issue_piece(self, piece: Piece) -> None:
+        transfer = piece.transfer
+        if piece.is_first:
+            self._begin(transfer)  # What its reading is waited for counts: it is as slow as that.
+        error = self.reader.finish(piece.reading)
+        try:
+            if error is not None:
+                raise error
+            if transfer.error is None and isinstance(piece.reading, Reading):
+                piece.target.copy_(piece.reading.destination, non_blocking=True)
+                piece.free.record(self.stream)
+                if piece.is_last:
+                    transfer.events.ready.record(self.stream)
+        except BaseException as raised:
+            transfer.error = transfer.error or raised
+        finally:
+            if piece.is_last:
+                _settle(transfer)
+
+
+def _settle(transfer: Transfer) -> None:
+    """All of it has been handed to the device, or never will be."""
+    transfer.after = ()  # Their events are free for others now.
+    transfer.issued = True
+    if transfer.events.issued is not None:
+        transfer.events.issued.set()
 
 
 def _report_pageable(reason: str) -> None:

@@ -16,13 +16,14 @@ from typing import TypeAlias
 
 import torch
 
-from lib_qswap.swap.copier import Copier, Transfer
+from lib_qswap.swap.copier import Copier
 from lib_qswap.swap.device import Device, align
 from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.lease import AnyLease, Lease, MeasuredLease, ResidentLease
 from lib_qswap.swap.order import Order
 from lib_qswap.swap.ring import Ring, Slot
 from lib_qswap.swap.timeline import Timeline
+from lib_qswap.swap.transfer import Transfer
 from lib_qswap.swap.uploads import Uploads, is_waiting
 
 Views: TypeAlias = "tuple[torch.Tensor, dict[str, torch.Tensor]]"

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-from lib_qswap.swap.copier import Transfer
 from lib_qswap.swap.device import Device
 from lib_qswap.swap.layer import Layer, Measured
+from lib_qswap.swap.transfer import Transfer
 
 KEPT_STEPS = 8
 NAN = float("nan")
