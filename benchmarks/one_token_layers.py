@@ -137,7 +137,7 @@ def steps_of_images(rig: SimulatedRig, share: float) -> Row:
         attachment.run.begin(STEPS)
         for step in range(STEPS):
             marks.append(driver.new_event(timing=True))
-            driver.record(marks[-1], driver.current_stream())
+            marks[-1].record(driver.current_stream())
             output = model(x, torch.full_like(x, step))
         driver.synchronize()
         ends.append(output.cpu())

@@ -143,10 +143,10 @@ class Runner:
         for step in range(self.steps + 2):
             if step:  # One more that begins with the device idle, and does not count.
                 marks.append(device.new_event(timing=True))
-                device.record(marks[-1], stream)
+                marks[-1].record(stream)
             output = model(*inputs)
         marks.append(device.new_event(timing=True))
-        device.record(marks[-1], stream)
+        marks[-1].record(stream)
         device.synchronize()
         page_locked, ram = self.rig.page_locked_bytes(), self._ram_bytes()
         result = output.cpu()

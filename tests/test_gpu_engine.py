@@ -112,6 +112,25 @@ def test_steps_do_not_make_the_host_wait(expected):
         assert all(torch.equal(a.cpu(), b) for a, b in zip(result, expected, strict=True))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("location", ["shared", "cpu"])
+def test_steps_on_changing_streams_give_the_same_and_leave_the_current_one_as_it_was(expected, location):
+    model = make_model()
+    x = inputs()
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+    results = []
+    with attached(model, **options(location, 0.25)):
+        for step in range(STEPS):
+            stream = streams[step % 3]
+            stream.wait_stream(streams[(step - 1) % 3])
+            with torch.cuda.stream(stream):
+                results.append(model(x * (1 + step)))
+                assert torch.cuda.current_stream() == stream
+        assert torch.cuda.current_stream() == streams[0]
+        torch.cuda.synchronize()
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(results, expected, strict=True))
+
+
 def test_work_goes_on_after_page_locking_was_refused():
     device = device_of(DEVICE)
     buffer = torch.zeros(8 << 20, dtype=torch.uint8)

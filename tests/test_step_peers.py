@@ -117,9 +117,9 @@ def link(sim, virtual_time):
 def seconds_of(device, work) -> float:
     stream = device.current_stream()
     first, last = (device.new_event(timing=True) for _ in range(2))
-    device.record(first, stream)
+    first.record(stream)
     kept = work()  # Until its copy has arrived.
-    device.record(last, stream)
+    last.record(stream)
     device.synchronize()
     del kept
     return first.elapsed_time(last) * 1e-3

@@ -10,6 +10,7 @@ import swap_models as sm
 import torch
 
 from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.swap.device import Device
 from lib_qswap.swap.manager import attach, attached
 
 pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("engine")]
@@ -378,15 +379,15 @@ def test_a_model_collected_in_the_midst_of_another_ones_step_neither_blocks_nor_
 
     model = Steps()
     right = expected(model)
-    copy, armed = Copier._copy, []
+    begin, armed = Copier._begin, []
 
     def collecting(self, transfer):
         if armed:
             armed.pop()
             gc.collect()
-        copy(self, transfer)
+        begin(self, transfer)
 
-    monkeypatch.setattr(Copier, "_copy", collecting)
+    monkeypatch.setattr(Copier, "_begin", collecting)
     with swapped(model, location=location) as attachment:
         call(model)
         other = Steps(seed=1)
@@ -410,6 +411,7 @@ def test_a_model_collected_in_the_midst_of_another_ones_step_neither_blocks_nor_
             thread.join(LATE_S)
         finally:
             gc.enable()
+        assert not armed
         assert len(results) == 3, "the step is stuck"
         assert all(torch.equal(result, right) for result in results)
         assert not second.active
@@ -459,6 +461,105 @@ def test_a_copy_that_fails_is_an_error_of_its_layer_and_the_next_step_works(sim)
         assert torch.equal(call(model), right)
 
 
+# ----------------------------------------------------------------------------------- what steps cost the host
+@pytest.mark.parametrize("location", ["shared", "cpu"])
+def test_steps_that_follow_use_the_events_of_those_before(sim, compute_mode, location, monkeypatch):
+    model = Steps(30)
+    made = []
+
+    def counting(self, **options):
+        made.append(options)
+        return new_event(self, **options)
+
+    new_event = Device.new_event
+    monkeypatch.setattr(Device, "new_event", counting)
+    with swapped(model, location=location):
+        for _ in range(12):  # as long as steps are kept
+            call(model)
+        made.clear()
+        for _ in range(4):
+            call(model)
+        assert len(made) == 4 * 2, "the begin and the end of each step, and nothing for a layer"
+
+
+@pytest.mark.parametrize("location", ["shared", "cpu"])
+def test_events_are_not_recorded_again_while_somebody_may_ask_for_them(sim, compute_mode, location):
+    model = Steps()
+    right = expected(model)
+    with swapped(model, location=location) as attachment:
+        for _ in range(4):
+            call(model)
+        sim.synchronize()
+        held = [*attachment.state.streamer._retired]  # as a page's thread holds them while it looks
+        times = [held[0].events.started.elapsed_time(transfer.events.ready) for transfer in held]
+        for _ in range(4):
+            assert torch.equal(call(model), right)
+        sim.synchronize()
+        assert len(held) > len(model.layers)
+        assert times == [held[0].events.started.elapsed_time(transfer.events.ready) for transfer in held]
+        others = [*attachment.state.streamer._retired, *attachment.state.streamer._ahead]
+        assert not {id(one.events) for one in held} & {id(one.events) for one in others if one not in held}
+
+
+def test_steps_are_read_when_somebody_looks_at_them(sim, compute_mode, monkeypatch):
+    asked = []
+    elapsed_time = sim.Event.elapsed_time
+    monkeypatch.setattr(
+        sim.Event, "elapsed_time", lambda first, then: asked.append(1) or elapsed_time(first, then)
+    )
+    model = Steps(12)
+    with swapped(model) as attachment:
+        timeline = attachment.state.streamer.timeline
+        for _ in range(4):
+            call(model)
+        assert [step.h2d_bytes for step in timeline.finished] == [attachment.payload_bytes] * 3
+        asked.clear()
+        for _ in range(3):
+            call(model)
+        assert not asked
+        last = timeline.finished[-1]
+        assert last.h2d_bytes == attachment.payload_bytes
+        assert last.copy_s > 0
+        assert [span.name for span in last.spans()] == [layer.name for layer in attachment.layers]
+        assert asked
+        asked.clear()
+        assert timeline.finished[-1] is last
+        assert not asked, "once read is enough"
+
+
+def test_steps_that_nobody_looked_at_hold_no_device_memory(sim):
+    model = Steps(12)
+    before = sim.memory_allocated()
+    with swapped(model) as attachment:
+        for _ in range(6):
+            call(model)
+        attachment.rebalance(1 << 30)
+        call(model)  # Its residents are copied in this step, which is not measured.
+        attachment.rebalance(0)
+        beside = attachment.state.shared_bytes + attachment.fixed_bytes
+        gc.collect()
+        assert sim.memory_allocated() - before == beside
+
+
+@pytest.mark.parametrize("location", ["shared", "cpu"])
+def test_steps_leave_python_s_garbage_collector_nothing_to_do(sim, location):
+    model = Steps(40)
+    x = X.to(GPU)
+    with swapped(model, location=location, rings=8), torch.inference_mode():
+        for _ in range(12):
+            model(x)
+        gc.collect()
+        before = gc.get_threshold()
+        done = gc.get_stats()[0]["collections"]
+        gc.set_threshold(10 * len(model.layers))  # One object kept for each use would soon be as many.
+        try:
+            for _ in range(50):
+                model(x)
+            assert gc.get_stats()[0]["collections"] == done
+        finally:
+            gc.set_threshold(*before)
+
+
 # ------------------------------------------------------------------------------------------- overlap, times
 class Timed(torch.nn.Module):
     """Layers that keep the device busy for a set time each, instead of computing."""
@@ -490,7 +591,7 @@ def steady_steps(model, attachment, count):
     torch.simgpu.synchronize()
     timeline = attachment.state.streamer.timeline
     timeline.collect()
-    return list(timeline.finished)[2:]
+    return timeline.finished[2:]
 
 
 @pytest.mark.usefixtures("virtual_time")
@@ -536,7 +637,7 @@ def test_stalls_are_what_the_bandwidth_dictates(sim, compute_mode):
             )
         layer = attachment.layers[3]
         assert layer.times.uses == 6
-        assert layer.times.stall_total_s >= layer.times.stall_s > 0
+        assert layer.times.stall_s > 0
 
 
 @pytest.mark.usefixtures("virtual_time")

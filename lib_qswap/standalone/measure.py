@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import mmap
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap.copier import staging_buffer_bytes
-from lib_qswap.swap.reader import Reader, numbers_of_threads
+from lib_qswap.swap.reader import Reader, Reading, numbers_of_threads
 
 if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer
@@ -116,16 +118,34 @@ def read_bytes_per_s(layers: Sequence[Layer]) -> float | None:
 
 def _read_by(threads: int, layers: Sequence[Layer]) -> float:
     """Bytes per second, of the first gigabyte."""
-    buffer = torch.empty(staging_buffer_bytes(threads), dtype=torch.uint8)
+    buffers = torch.empty((2 * threads, staging_buffer_bytes(threads)), dtype=torch.uint8)
     reader = Reader(threads=threads)
+    under_way: deque[Reading] = deque()
     nbytes, begun = 0, time.perf_counter()
     try:
-        for layer in layers:
-            for start in range(0, layer.payload_bytes, buffer.numel()):
-                reader.read(layer.home, buffer[: layer.payload_bytes - start], start)
-            nbytes += layer.payload_bytes
+        pieces = _pieces(layers, buffers.shape[1])
+        for (layer, start), buffer in zip(pieces, itertools.cycle(buffers), strict=False):
+            under_way.append(reader.begin(layer.home, buffer[: layer.payload_bytes - start], start))
+            nbytes += under_way[-1].nbytes
+            if len(under_way) == len(buffers):
+                _finish(reader, under_way)
             if nbytes >= _MOST_READ_BYTES:
                 break
+        while under_way:
+            _finish(reader, under_way)
         return nbytes / (time.perf_counter() - begun)
     finally:
         reader.close()
+
+
+def _pieces(layers: Sequence[Layer], piece_bytes: int) -> Iterator[tuple[Layer, int]]:
+    """(layer, where in its payload the piece begins)."""
+    for layer in layers:
+        for start in range(0, layer.payload_bytes, piece_bytes):
+            yield layer, start
+
+
+def _finish(reader: Reader, under_way: deque[Reading]) -> None:
+    error = reader.finish(under_way.popleft())
+    if error is not None:
+        raise error

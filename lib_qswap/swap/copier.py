@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import torch
 
@@ -19,90 +21,43 @@ from lib_qswap.swap import ledger
 from lib_qswap.swap.arena import HostBuffer, PinnedBlock
 from lib_qswap.swap.device import Device
 from lib_qswap.swap.home import PinBudget
-from lib_qswap.swap.reader import Reader
+from lib_qswap.swap.reader import Failed, Reader, Reading
+from lib_qswap.swap.transfer import Events, Transfer
 
-if TYPE_CHECKING:
-    from lib_qswap.swap.layer import Layer
-    from lib_qswap.swap.ring import Slot
-
-# Where several threads read, half as many buffers of twice the size: handing out a piece to them and waiting
-# for the last takes a good part of the time in which they read it.
 STAGING_BUFFER_BYTES = 8 << 20
 STAGING_BUFFERS = 4
+BEING_COPIED = 2
+"""Buffers that the device reads while the others are filled."""
 
 
 def staging_buffer_bytes(threads: int) -> int:
-    """Of each, where so many threads read."""
-    return STAGING_BUFFER_BYTES * (2 if threads > 1 else 1)
+    """Of each, where so many threads read. Several fill twice as many buffers, of half the size."""
+    return STAGING_BUFFER_BYTES // (2 if threads > 1 else 1)
 
 
-ISSUED = threading.Event()
-ISSUED.set()
-
-
-class Transfer:
-    """One payload on its way to `target` (uint8, flat, on the device).
+class Piece:
+    """A part of a transfer on its way through a staging buffer.
 
     Attributes:
-        waits: events after which `target` may be written.
-        started, ready: events on the copy stream around the copy; recorded once `recorded` and `issued`
-            are set.
-        issued: set once the copy has been handed to the device; the event of each transfer that another
-            thread hands over, one for all that need none of their own.
-        awaited: the event on the compute stream at which its layer asked for it; None before.
-        uploads: whether it makes its layer resident.
-        error: why the bytes are not there, if so.
+        free: the event after which the buffer may be filled again.
     """
 
-    __slots__ = (
-        "awaited",
-        "cancelled",
-        "error",
-        "issued",
-        "layer",
-        "nbytes",
-        "ready",
-        "recorded",
-        "slot",
-        "started",
-        "target",
-        "uploads",
-        "waits",
-    )
+    __slots__ = ("free", "is_first", "is_last", "reading", "target", "transfer")
 
     def __init__(
         self,
-        layer: Layer,
+        transfer: Transfer,
         target: torch.Tensor,
-        slot: Slot | None,
-        waits: list[Any],
-        *,
-        uploads: bool = False,
+        reading: Reading | Failed,
+        free: Any,
+        place: tuple[bool, bool],
     ) -> None:
-        self.layer, self.target, self.slot, self.waits, self.uploads = layer, target, slot, waits, uploads
-        self.nbytes = target.numel()
-        self.started: Any = None
-        self.ready: Any = None
-        self.awaited: Any = None
-        self.issued = ISSUED
-        self.recorded = False
-        self.cancelled = False
-        self.error: BaseException | None = None
+        self.transfer, self.target, self.reading, self.free = transfer, target, reading, free
+        self.is_first, self.is_last = place
 
-    @property
-    def submitted(self) -> bool:
-        """Whether the copier has it."""
-        return self.started is not None
 
-    @property
-    def begun(self) -> bool:
-        """Whether bytes are on their way: the device has come to the copy."""
-        return self.recorded and self.started.query()
-
-    @property
-    def arrived(self) -> bool:
-        """Whether all bytes are there."""
-        return self.submitted and self.issued.is_set() and self.error is None and bool(self.ready.query())
+Item: TypeAlias = "Transfer | Piece | threading.Event"
+"""What the worker comes to, in the order in which it was asked for; an event says that it has."""
 
 
 class Copier:
@@ -120,8 +75,10 @@ class Copier:
         self.staging_locked_bytes = 0
         self.reader = Reader()
         self._staging_memory: torch.Tensor | None = None
+        self._spare_events: list[Events] = []
         self._staging: list[tuple[torch.Tensor, Any]] = []
         self._next_staging = 0
+        self._under_way: deque[Item] = deque()
         self._queue: queue.SimpleQueue[Transfer | threading.Event | None] | None = None
         self._thread: threading.Thread | None = None
 
@@ -143,7 +100,10 @@ class Copier:
                 self._allocate_staging()
             self._queue = queue.SimpleQueue()
             self._thread = threading.Thread(
-                target=_work, args=(self._queue, self._issue), name="qswap-copier", daemon=True
+                target=self._work,
+                args=(self._queue,),
+                name="qswap-copier",
+                daemon=True,
             )
             self._thread.start()
         else:
@@ -188,17 +148,18 @@ class Copier:
             assert self._staging_memory is not None
             for piece in self._staging_memory.split(buffer_bytes):
                 free = self._device.new_event()
-                self._device.record(free, self.stream)
+                free.record(self.stream)
                 self._staging.append((piece, free))
 
     def submit(self, transfer: Transfer) -> None:
-        """Begins `transfer`; at the latest when `transfer.issued` is set, `transfer.ready` can be waited
-        for."""
-        transfer.started = self._device.new_event(timing=True)
-        transfer.ready = self._device.new_event(timing=True)
-        self.h2d_bytes += transfer.nbytes
+        """Begins `transfer`; `transfer.events.ready` can be waited for when it is `issued`."""
+        transfer.take_events(self._spare_events, self._device)
+        self.h2d_bytes += transfer.layer.payload_bytes
         if self._queue is not None:
-            transfer.issued = threading.Event()
+            if transfer.events.issued is None:
+                transfer.events.issued = threading.Event()
+            else:
+                transfer.events.issued.clear()
             self._queue.put(transfer)
         else:
             self._issue(transfer)
@@ -223,19 +184,26 @@ class Copier:
 
     def _issue(self, transfer: Transfer) -> None:
         try:
-            with self._device.on_stream(self.stream):
-                for event in transfer.waits:
-                    self._device.wait(event, self.stream)
-                self._device.record(transfer.started, self.stream)
-                transfer.recorded = True  # An event that was never recorded counts as happened.
-                if not transfer.cancelled:
+            self._begin(transfer)
+            if not transfer.cancelled and transfer.error is None:
+                if self.staged:  # On the worker, whose stream it is.
                     self._copy(transfer)
-                self._device.record(transfer.ready, self.stream)
+                else:
+                    self._device.issue_on(self.stream, self._copy, transfer)
+            transfer.events.ready.record(self.stream)
         except BaseException as error:
             transfer.error = error
         finally:
-            if transfer.issued is not ISSUED:
-                transfer.issued.set()
+            _settle(transfer)
+
+    def _begin(self, transfer: Transfer) -> None:
+        try:
+            for earlier in transfer.after:
+                earlier.events.done.wait(self.stream)
+            transfer.events.started.record(self.stream)
+            transfer.recorded = True
+        except Exception as error:
+            transfer.error = error
 
     def _copy(self, transfer: Transfer) -> None:
         home, target = transfer.layer.home, transfer.target
@@ -244,18 +212,6 @@ class Copier:
         elif home.page_locked:
             assert home.payload is not None
             target.copy_(home.payload, non_blocking=True)
-        elif self._staging:
-            buffer_bytes = staging_buffer_bytes(self.reader.threads)
-            if buffer_bytes != self._staging[0][0].numel():
-                self._split_staging(buffer_bytes)
-            for start in range(0, target.numel(), buffer_bytes):
-                piece = target[start : start + buffer_bytes]
-                buffer, free = self._staging[self._next_staging]
-                self._next_staging = (self._next_staging + 1) % len(self._staging)
-                free.synchronize()
-                self.reader.read(home, buffer[: piece.numel()], start)
-                piece.copy_(buffer[: piece.numel()], non_blocking=True)
-                self._device.record(free, self.stream)
         elif home.payload is not None:
             target.copy_(home.payload)
         else:
@@ -263,14 +219,99 @@ class Copier:
             home.read_into(memory, 0)
             target.copy_(memory)
 
+    # -------------------------------------------------------------------------------------- the worker thread
+    def _work(self, items: queue.SimpleQueue[Transfer | threading.Event | None]) -> None:
+        """The worker's loop, until it gets None: reads ahead, and copies in the order of the items."""
+        with self._device.on_stream(self.stream):
+            while True:
+                try:
+                    item = items.get(block=not self._under_way)
+                except queue.Empty:
+                    self._carry_out_first()
+                    continue
+                if item is None:
+                    self._carry_out_all()
+                    return
+                for one in self._divided(item):
+                    self._under_way.append(one)
+                    del one
+                    while self._under_way and (len(self._under_way) > self._most_under_way or self._is_due()):
+                        self._carry_out_first()
+                del item  # A transfer that nobody else holds on to leaves its events to the next one.
 
-def _work(items: queue.SimpleQueue[Transfer | threading.Event | None], issue: Any) -> None:
-    """The worker's loop, until it gets None."""
-    while (item := items.get()) is not None:
+    def _divided(self, item: Transfer | threading.Event) -> Iterator[Item]:
+        """The pieces of what is read through staging, each begun to be read; else `item`."""
+        if isinstance(item, threading.Event) or not self._is_read_in_pieces(item):
+            yield item
+            return
+        start, end = 0, item.target.numel()
+        try:
+            buffer_bytes = staging_buffer_bytes(self.reader.threads)
+            if buffer_bytes != self._staging[0][0].numel():
+                self._carry_out_all()
+                self._split_staging(buffer_bytes)
+            while start < end:
+                target = item.target[start : start + buffer_bytes]
+                buffer, free = self._staging[self._next_staging]
+                self._next_staging = (self._next_staging + 1) % len(self._staging)
+                free.synchronize()
+                reading = self.reader.begin(item.layer.home, buffer[: target.numel()], start)
+                yield Piece(item, target, reading, free, (start == 0, start + buffer_bytes >= end))
+                start += buffer_bytes
+        except Exception as error:
+            yield Piece(item, item.target, Failed(error), None, (start == 0, True))
+
+    def _is_read_in_pieces(self, transfer: Transfer) -> bool:
+        return bool(self._staging) and not transfer.layer.home.page_locked and not transfer.cancelled
+
+    @property
+    def _most_under_way(self) -> int:
+        """Fewer than there are buffers: one that is filled again has been handed to the device before."""
+        return max(0, len(self._staging) - BEING_COPIED)
+
+    def _is_due(self) -> bool:
+        first = self._under_way[0]
+        return not isinstance(first, Piece) or first.reading.needs_no_waiting
+
+    def _carry_out_all(self) -> None:
+        while self._under_way:
+            self._carry_out_first()
+
+    def _carry_out_first(self) -> None:
+        item = self._under_way.popleft()
         if isinstance(item, threading.Event):
             item.set()
+        elif isinstance(item, Transfer):
+            self._issue(item)
         else:
-            issue(item)
+            self._issue_piece(item)
+
+    def _issue_piece(self, piece: Piece) -> None:
+        transfer = piece.transfer
+        if piece.is_first:
+            self._begin(transfer)  # What its reading is waited for counts: it is as slow as that.
+        error = self.reader.finish(piece.reading)
+        try:
+            if error is not None:
+                raise error
+            if transfer.error is None and isinstance(piece.reading, Reading):
+                piece.target.copy_(piece.reading.destination, non_blocking=True)
+                piece.free.record(self.stream)
+                if piece.is_last:
+                    transfer.events.ready.record(self.stream)
+        except BaseException as raised:
+            transfer.error = transfer.error or raised
+        finally:
+            if piece.is_last:
+                _settle(transfer)
+
+
+def _settle(transfer: Transfer) -> None:
+    """All of it has been handed to the device, or never will be."""
+    transfer.after = ()  # Their events are free for others now.
+    transfer.issued = True
+    if transfer.events.issued is not None:
+        transfer.events.issued.set()
 
 
 def _report_pageable(reason: str) -> None:

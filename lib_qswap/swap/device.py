@@ -13,9 +13,12 @@ import ctypes
 import os
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 ALIGNMENT_BYTES = 256
 """Every part of a payload starts at a multiple of this: what CUDA's own allocator guarantees, and enough for
@@ -39,10 +42,10 @@ class HostEvent:
     def __init__(self) -> None:
         self._at = 0.0
 
-    def record(self, _stream: Any = None) -> None:
+    def record(self, _stream: Any) -> None:
         self._at = time.perf_counter()
 
-    def wait(self, _stream: Any = None) -> None:
+    def wait(self, _stream: Any) -> None:
         """Nothing to wait for."""
 
     def query(self) -> bool:
@@ -74,6 +77,8 @@ class Device:
         self._module = module
         self.is_host = device.type == "cpu"
         self.streams = not self.is_host and hasattr(module, "Stream") and device.type != "mps"
+        self._raw_stream = getattr(torch._C, f"_{device.type}_getCurrentRawStream", None)
+        self._last_stream: tuple[int, Any] | None = None
 
     # ------------------------------------------------------------------------------------- streams and events
     def new_stream(self) -> Any:
@@ -85,11 +90,33 @@ class Device:
 
     def current_stream(self) -> Any:
         """The stream that this thread's compute goes to; None where the device has only one."""
-        return self._module.current_stream(self.device) if self.streams else None
+        if not self.streams:
+            return None
+        if self._raw_stream is None:
+            return self._module.current_stream(self.device)
+        # Asking for the number alone takes a tenth of the time; it is nearly always that of the last time.
+        raw, last = self._raw_stream(self.device.index), self._last_stream
+        if last is None or last[0] != raw:
+            self._last_stream = last = raw, self._module.current_stream(self.device)
+        return last[1]
 
     def on_stream(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         """Work issued inside goes to `stream` (None: to where it would go anyway)."""
         return contextlib.nullcontext() if stream is None else self._module.stream(stream)
+
+    def issue_on(self, stream: Any, work: Callable[[T], object], argument: T) -> None:
+        """Calls `work` inside `on_stream`, for a third of what that costs the host."""
+        # Setting a stream sets its device as well: where another one is current, that has to come back.
+        if stream is None or self._module.current_device() != self.device.index:
+            with self.on_stream(stream):
+                work(argument)
+            return
+        before = self.current_stream()
+        self._module.set_stream(stream)
+        try:
+            work(argument)
+        finally:
+            self._module.set_stream(before)
 
     @property
     def has_clock(self) -> bool:
@@ -102,25 +129,12 @@ class Device:
             return HostEvent()
         return self._module.Event(enable_timing=timing)
 
-    def record(self, event: Any, stream: Any) -> None:
-        if stream is None:
-            event.record()
-        else:
-            event.record(stream)
-
-    def wait(self, event: Any, stream: Any) -> None:
-        """Work issued to `stream` from now on runs after `event`; the calling thread does not wait."""
-        if stream is None:
-            event.wait()
-        else:
-            stream.wait_event(event)
-
     def order(self, first: Any, then: Any) -> None:
         """What is issued to stream `then` from now on runs after all that stream `first` has now."""
         if first is not None and then is not None and first != then:
             event = self.new_event()
             event.record(first)
-            then.wait_event(event)
+            event.wait(then)
 
     def synchronize(self) -> None:
         """Waits for the device. Never on the hot path: only before host memory that it may be reading is

@@ -110,7 +110,6 @@ class LayerTimes:
     measured: Measured | None = None
     by_work: dict[Hashable, Measured] = field(default_factory=dict)
     stall_s: float = 0.0
-    stall_total_s: float = 0.0
     uses: int = 0
 
 

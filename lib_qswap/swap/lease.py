@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 if TYPE_CHECKING:
-    from lib_qswap.swap.copier import Transfer
     from lib_qswap.swap.layer import Layer
     from lib_qswap.swap.streamer import Streamer
     from lib_qswap.swap.timeline import Timeline
+    from lib_qswap.swap.transfer import Transfer
 
 
 class ResidentLease:

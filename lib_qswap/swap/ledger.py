@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import re
 import threading
 import time
@@ -115,6 +116,8 @@ def snapshot() -> dict[str, Any]:
 def model_snapshot(model: Attachment) -> dict[str, Any]:
     """One entry of the snapshot's `models`."""
     states = model.state.streamer.states() if model.active else {}
+    swapped = model.swapped_bytes
+    step = _step_snapshot(model, swapped)  # Reads what layers took in it.
     layers = []
     pinned = 0
     for index, layer in enumerate(model.layers):
@@ -137,7 +140,6 @@ def model_snapshot(model: Attachment) -> dict[str, Any]:
                 "read_us": _microseconds(measured.read_s if measured else None),
             }
         )
-    swapped = model.swapped_bytes
     return {
         "name": model.name,
         "managed": True,
@@ -155,7 +157,7 @@ def model_snapshot(model: Attachment) -> dict[str, Any]:
             "spared_per_step": model.idle.spared_bytes,
             "kept_outputs": model.idle.kept.nbytes,
         },
-        "step": _step_snapshot(model, swapped),
+        "step": step,
         "layers": layers,
     }
 
@@ -176,7 +178,7 @@ def _microseconds(seconds: float | None) -> float | None:
 
 def _step_snapshot(model: Attachment, swapped_bytes: int) -> dict[str, Any]:
     roots = {id(reference()) for reference in model.roots}
-    finished = [step for step in list(model.state.streamer.timeline.finished) if step.root in roots]
+    finished = [step for step in model.state.streamer.timeline.finished if step.root in roots]
     step: dict[str, Any] = {"index": model.run.index, "of": model.run.steps}
     if finished:
         last = finished[-1]
@@ -199,14 +201,14 @@ def trace_events() -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     for process, state in enumerate({id(model.state): model.state for model in attachments()}.values()):
         start = 0.0
-        for step in list(state.streamer.timeline.finished):
+        for step in state.streamer.timeline.finished:
             for name, begin, served, copy_begin, copy_end in step.spans():
                 if served > begin:
                     events.append(
                         _event(f"wait for {name}", "stall", process, 1, start + begin, served - begin)
                     )
                 events.append(_event(name, "use", process, 0, start + served, 0.0))
-                if copy_begin is not None and copy_end is not None:
+                if not math.isnan(copy_end):
                     events.append(
                         _event(name, "copy", process, 2, max(0.0, start + copy_begin), copy_end - copy_begin)
                     )

@@ -33,7 +33,6 @@ NUMBERS_OF_THREADS = (1, 2, 4)
 CORES_PER_THREAD = 2
 LEAST_BYTES = 256 << 10
 """For one thread: handing less to another takes as long as reading it."""
-PAGE_BYTES = 4096
 
 
 class Source(Protocol):
@@ -43,10 +42,10 @@ class Source(Protocol):
 
 
 class Reader:
-    """Fills staging buffers; called by one thread.
+    """Fills staging buffers, several at once where that is faster; called by one thread.
 
     Attributes:
-        threads: that read now, the caller's among them.
+        threads: that read now; one: the caller's.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, *, threads: int | None = None) -> None:
@@ -54,6 +53,7 @@ class Reader:
         self.threads = threads or 1
         self._clock = clock
         self._others: list[OtherThread] = []
+        self._begun_by_others = 0
         self._most = 1 if threads else max(numbers_of_threads())
         self._measuring = self._most > 1
         self._since_trial = 0
@@ -63,31 +63,24 @@ class Reader:
     def _restart(self) -> None:
         self._begun, self._reading_s, self._nbytes = self._clock(), 0.0, 0
 
-    def read(self, source: Source, destination: torch.Tensor, start_byte: int) -> None:
-        """Bytes of `source` from `start_byte` on into `destination` (uint8, flat, in host memory).
+    def begin(self, source: Source, destination: torch.Tensor, start_byte: int) -> Reading:
+        """Bytes of `source` from `start_byte` on are to be read into `destination` (uint8, flat, in host
+        memory). What was begun first has to be finished first."""
+        other = None
+        if self.threads > 1 and destination.numel() >= LEAST_BYTES:
+            while len(self._others) < self.threads:
+                self._others.append(OtherThread())
+            other = self._others[self._begun_by_others % self.threads]
+            self._begun_by_others += 1
+            other.begin(source, destination, start_byte)
+        return Reading(source, destination, start_byte, other)
 
-        Raises:
-            OSError, GGUFError: the file can no longer be read.
-        """
+    def finish(self, reading: Reading | Failed) -> BaseException | None:
+        """Waits until it is read. Returns what went wrong, if anything: OSError or GGUFError where the file
+        can no longer be read."""
         begun = self._clock()
-        nbytes = destination.numel()
-        if not nbytes:
-            return
-        threads = max(1, min(self.threads, nbytes // LEAST_BYTES))
-        each = -(-nbytes // threads // PAGE_BYTES) * PAGE_BYTES
-        pieces = [(start, destination[start : start + each]) for start in range(0, nbytes, each)]
-        while len(self._others) < len(pieces) - 1:
-            self._others.append(OtherThread())
-        others = self._others[: len(pieces) - 1]
-        for other, (start, piece) in zip(others, pieces[1:], strict=True):
-            other.begin(source, piece, start_byte + start)
-        try:
-            source.read_into(pieces[0][1], start_byte)
-        finally:
-            errors = [other.finish() for other in others]
-        for error in errors:
-            if error is not None:
-                raise error
+        error = reading.finish()
+        nbytes = reading.nbytes
         if self._measuring:
             self._reading_s += self._clock() - begun
             self._nbytes += nbytes
@@ -98,9 +91,11 @@ class Reader:
             if self._since_trial >= AGAIN_BYTES:
                 self._measuring, self._since_trial = True, 0
                 self._restart()
+        return error
 
     def _judge(self) -> None:
-        rate = self._nbytes / self._reading_s
+        # Time in which nobody had to wait for others is no time that reading took.
+        rate = self._nbytes / max(self._reading_s, 1e-9)
         fewer, self._rate_of_fewer = self._rate_of_fewer, None
         if fewer is not None and rate < WORTH * fewer:
             self._use(self.threads // 2)
@@ -114,9 +109,10 @@ class Reader:
 
     def _use(self, threads: int) -> None:
         self.threads = threads
-        for other in self._others[threads - 1 :]:
+        wanted = threads if threads > 1 else 0
+        for other in self._others[wanted:]:
             other.end()
-        del self._others[threads - 1 :]
+        del self._others[wanted:]
 
     def close(self) -> None:
         """Ends the other threads, if any."""
@@ -125,8 +121,49 @@ class Reader:
         self._restart()
 
 
+class Reading:
+    """What a reader was asked for, on its way."""
+
+    __slots__ = ("_other", "_source", "_start_byte", "destination", "nbytes")
+
+    def __init__(
+        self, source: Source, destination: torch.Tensor, start_byte: int, other: OtherThread | None
+    ) -> None:
+        self.destination, self.nbytes = destination, destination.numel()
+        self._source, self._start_byte, self._other = source, start_byte, other
+
+    @property
+    def needs_no_waiting(self) -> bool:
+        """Whether it has been read, or is when it is finished."""
+        return self._other is None or self._other.has_finished
+
+    def finish(self) -> BaseException | None:
+        """Waits for it, or reads; once. Returns what went wrong, if anything."""
+        if self._other is not None:
+            return self._other.finish()
+        try:
+            self._source.read_into(self.destination, self._start_byte)
+        except BaseException as error:
+            return error
+        return None
+
+
+class Failed:
+    """What could not even be asked for."""
+
+    needs_no_waiting = True
+    nbytes = 0
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def finish(self) -> BaseException:
+        """Returns what went wrong."""
+        return self._error
+
+
 class OtherThread:
-    """Carries out one read at a time beside its caller's."""
+    """Carries out one read after the other beside its caller's."""
 
     def __init__(self) -> None:
         self._asked: queue.SimpleQueue[tuple[Source, torch.Tensor, int] | None] = queue.SimpleQueue()
@@ -139,8 +176,13 @@ class OtherThread:
     def begin(self, source: Source, destination: torch.Tensor, start_byte: int) -> None:
         self._asked.put((source, destination, start_byte))
 
+    @property
+    def has_finished(self) -> bool:
+        """Whether `finish` would return at once."""
+        return not self._answers.empty()
+
     def finish(self) -> BaseException | None:
-        """Waits for what was begun; returns what went wrong, if anything."""
+        """Waits for what was begun first; returns what went wrong, if anything."""
         return self._answers.get()
 
     def end(self) -> None:

@@ -15,12 +15,13 @@ class Slot:
     """A stretch of the ring. `start` and `end` are positions, `offset` is the place of `start` in the
     buffer."""
 
-    __slots__ = ("end", "free", "offset", "previous_head", "start")
+    __slots__ = ("end", "free", "offset", "previous_head", "reader", "start")
 
     def __init__(self, start: int, end: int, offset: int, previous_head: int) -> None:
         self.start, self.end, self.offset = start, end, offset
         self.previous_head = previous_head
         self.free = False
+        self.reader: Any = None
 
 
 class Ring:
@@ -30,7 +31,7 @@ class Ring:
         self.capacity_bytes = capacity_bytes
         self._head = 0
         self._slots: deque[Slot] = deque()
-        self._retired: list[tuple[int, int, Any]] = []
+        self._retired: deque[Slot] = deque()  # those that have been read, by position
 
     def take(self, nbytes: int) -> Slot | None:
         """The next `nbytes`, or None while the oldest slots are still in use."""
@@ -56,20 +57,23 @@ class Ring:
             slot.free = True
             self._reclaim()
 
-    def release(self, slot: Slot, done: Any) -> None:
-        """The slot may be written again once the event `done` has happened."""
-        slot.free = True
-        self._retired.append((slot.start, slot.end, done))
+    def release(self, slot: Slot, reader: Any) -> None:
+        """The slot may be written again once `reader`, whatever that is, has read it."""
+        slot.free, slot.reader = True, reader
         self._reclaim()
 
     def _reclaim(self) -> None:
         while self._slots and self._slots[0].free:
-            self._slots.popleft()
+            slot = self._slots.popleft()
+            if slot.reader is not None:
+                self._retired.append(slot)
 
     def wait_for(self, slot: Slot) -> list[Any]:
-        """The events after which `slot` may be written: those of the slots that lay there one round ago. Each
-        is returned once."""
+        """The readers after which `slot` may be written: those of the slots that lay there one round ago.
+        Each is returned once."""
+        # `take` gives nothing that reaches into a slot in use, so that all of them have been reclaimed.
         end = slot.end - self.capacity_bytes
-        waits = [done for first, _, done in self._retired if first < end]
-        self._retired = [entry for entry in self._retired if entry[0] >= end]
-        return waits
+        readers = []
+        while self._retired and self._retired[0].start < end:
+            readers.append(self._retired.popleft().reader)
+        return readers

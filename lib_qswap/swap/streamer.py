@@ -12,17 +12,22 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Collection, Hashable, Iterable, Sequence
+from typing import TypeAlias
 
 import torch
 
-from lib_qswap.swap.copier import Copier, Transfer
+from lib_qswap.swap.copier import Copier
 from lib_qswap.swap.device import Device, align
 from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.lease import AnyLease, Lease, MeasuredLease, ResidentLease
 from lib_qswap.swap.order import Order
-from lib_qswap.swap.ring import Ring
+from lib_qswap.swap.ring import Ring, Slot
 from lib_qswap.swap.timeline import Timeline
+from lib_qswap.swap.transfer import Transfer
 from lib_qswap.swap.uploads import Uploads, is_waiting
+
+Views: TypeAlias = "tuple[torch.Tensor, dict[str, torch.Tensor]]"
+"""A payload on the device, and the layer's tensors in it."""
 
 KEPT_VIEWS = 4096
 NO_BYTES = torch.empty(0, dtype=torch.uint8)
@@ -48,7 +53,7 @@ class Streamer:
         self._uploads = Uploads()
         self._ring = Ring(0)
         self._buffer: torch.Tensor | None = None
-        self._views: dict[tuple[int, Layer], dict[str, torch.Tensor]] = {}
+        self._views: dict[tuple[int, Layer], Views] = {}
         self._ahead: deque[Transfer] = deque()
         self._leased: dict[Transfer, None] = {}
         self._retired: deque[Transfer] = deque(maxlen=64)
@@ -123,7 +128,7 @@ class Streamer:
                 target = torch.empty(layer.payload_bytes, dtype=torch.uint8, device=self.device.device)
             layer.resident = target
             layer.lease = ResidentLease(layer.part_views(target))
-            layer.resident_ready = Transfer(layer, target, None, [], uploads=True)
+            layer.resident_ready = Transfer(layer, target, layer.lease.parts, uploads=True)
         if layers:  # Work on memory that was freed for them may still be under way.
             self.device.order(self.device.current_stream(), self.copier.stream)
 
@@ -181,25 +186,12 @@ class Streamer:
             if layer.resident_ready is not None:
                 self._await_resident(layer)
             elif self.timeline.profiling:
-                self.timeline.used(layer, None, self.timeline.mark(self.device.current_stream()))
+                self.timeline.used_at_once(layer)
             return MeasuredLease(layer, self.timeline) if self.timeline.profiling else layer.lease
         with self._lock:
             transfer = self._claim(layer)
         self._await(transfer)
-        return Lease(self._parts(transfer), transfer, self)
-
-    def _parts(self, transfer: Transfer) -> dict[str, torch.Tensor]:
-        """The layer's tensors in its slot. In a steady cycle a layer comes to the same few slots again and
-        again."""
-        if transfer.slot is None:
-            return transfer.layer.part_views(transfer.target)
-        key = (transfer.slot.offset, transfer.layer)
-        parts = self._views.get(key)
-        if parts is None:
-            if len(self._views) >= KEPT_VIEWS:
-                self._views.clear()
-            parts = self._views[key] = transfer.layer.part_views(transfer.target)
-        return parts
+        return Lease(transfer.parts, transfer, self)
 
     def _await_resident(self, layer: Layer) -> None:
         """The first use of a resident: its copy may be under way, or still to come."""
@@ -210,10 +202,11 @@ class Streamer:
         layer.resident_ready = None
 
     def _await(self, transfer: Transfer) -> None:
-        stream = self.device.current_stream()
-        begun = self.timeline.mark(stream)
-        if not transfer.issued.is_set():  # Waiting for what has happened takes a lock all the same.
-            transfer.issued.wait()
+        stream, events = self.device.current_stream(), transfer.events
+        events.awaited.record(stream)
+        transfer.awaited = True
+        if not transfer.issued:
+            events.issued.wait()
         if transfer.error is not None:
             with self._lock:
                 if transfer in self._leased:
@@ -221,8 +214,8 @@ class Streamer:
             if transfer.uploads:
                 self.evict([transfer.layer])
             raise transfer.error
-        self.device.wait(transfer.ready, stream)
-        self.timeline.used(transfer.layer, transfer, begun)
+        events.ready.wait(stream)
+        self.timeline.used(transfer)
 
     def _claim(self, layer: Layer) -> Transfer:
         if not self.order.use(layer):
@@ -256,11 +249,21 @@ class Streamer:
         slot = self._ring.take(layer.payload_bytes)
         if slot is None:
             return None
-        assert self._buffer is not None
-        target = self._buffer[slot.offset : slot.offset + layer.payload_bytes]
-        transfer = Transfer(layer, target, slot, self._ring.wait_for(slot))
+        transfer = Transfer(layer, *self._in_slot(slot, layer), slot, self._ring.wait_for(slot))
         self.copier.submit(transfer)
         return transfer
+
+    def _in_slot(self, slot: Slot, layer: Layer) -> Views:
+        """In a steady cycle a layer comes to the same few slots again and again."""
+        key = (slot.offset, layer)
+        views = self._views.get(key)
+        if views is None:
+            if len(self._views) >= KEPT_VIEWS:
+                self._views.clear()
+            assert self._buffer is not None
+            target = self._buffer[slot.offset : slot.offset + layer.payload_bytes]
+            views = self._views[key] = target, layer.part_views(target)
+        return views
 
     def _overflow(self, layer: Layer) -> Transfer:
         """Serves a layer although every slot is leased (leases nested deeper than the ring is long)."""
@@ -268,7 +271,7 @@ class Streamer:
         with torch.inference_mode(False):
             target = torch.empty(layer.payload_bytes, dtype=torch.uint8, device=self.device.device)
         self.device.order(self.device.current_stream(), self.copier.stream)
-        transfer = Transfer(layer, target, None, [])
+        transfer = Transfer(layer, target, layer.part_views(target))
         self.copier.submit(transfer)
         return transfer
 
@@ -319,19 +322,16 @@ class Streamer:
 
     def _give_back(self, transfer: Transfer) -> None:
         del self._leased[transfer]
-        stream = self.device.current_stream()
-        if self.timeline.profiling:
-            done = self.timeline.mark(stream)
-            self.timeline.read(transfer.layer, done)
-        else:
-            done = self.device.new_event()
-            self.device.record(done, stream)
+        transfer.events.done.record(self.device.current_stream())
+        self.timeline.read(transfer.layer)
         if transfer.error is None:
             self._retired.append(transfer)
-        if transfer.slot is not None:
-            self._ring.release(transfer.slot, done)
+        slot, transfer.slot = transfer.slot, None
+        if slot is not None:
+            self._ring.release(slot, transfer)
         else:
-            transfer.target = NO_BYTES  # Outside the budget: kept by nobody who only wants to know about it.
+            # Outside the budget: kept by nobody who only wants to know about it.
+            transfer.target, transfer.parts = NO_BYTES, {}
 
     # ------------------------------------------------------------------------------------------- for the page
     def states(self) -> dict[Layer, str]:
@@ -340,7 +340,7 @@ class Streamer:
         # In the order in which compute comes to them; the host may be far ahead of it.
         coming = deque([*self._retired.copy(), *self._leased.copy()])
         computing = None
-        while coming and coming[0].awaited is not None and coming[0].awaited.query() and coming[0].arrived:
+        while coming and coming[0].awaited and coming[0].events.awaited.query() and coming[0].arrived:
             computing = coming.popleft()
         coming += self._ahead.copy()
         states: dict[Layer, str] = {}

@@ -1,37 +1,41 @@
 """What the last steps did, from device events: seconds, stalls, and the trace that a profiler page can draw.
 
-Events are recorded in a step and read when they have happened, steps later: nothing here waits for the
-device.
+Events are recorded in a step and read when they have happened, and then only if somebody asks: nothing here
+waits for the device, and what nobody looks at costs a step little.
 """
 
 from __future__ import annotations
 
-import itertools
+from array import array
 from collections import deque
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-from lib_qswap.swap.copier import Transfer
 from lib_qswap.swap.device import Device
 from lib_qswap.swap.layer import Layer, Measured
+from lib_qswap.swap.transfer import Transfer
 
 KEPT_STEPS = 8
+NAN = float("nan")
 
 
-class Use(NamedTuple):
-    """One use of a layer: the event on the compute stream at which it asked for its weights."""
+class ResidentUse(NamedTuple):
+    """One use of a layer that needs no transfer: the event on the compute stream at which it began."""
 
     layer: Layer
     begun: Any
-    transfer: Transfer | None
 
-    @property
-    def served(self) -> Any:
-        """The event at which its layer could begin: the later one of both. An event of its own would cost
-        the host as much as all the rest of a use."""
-        if self.transfer is None or self.begun.elapsed_time(self.transfer.ready) <= 0:
-            return self.begun
-        return self.transfer.ready
+
+class Span(NamedTuple):
+    """One use of a layer, in seconds since the begin of its step: when it asked for its weights, when it had
+    them, and when their copy began and ended; nan where there was none. A copy may have begun in the step
+    before: a negative time."""
+
+    name: str
+    begun_s: float
+    served_s: float
+    copy_begun_s: float
+    copy_ended_s: float
 
 
 class StepTimes(NamedTuple):
@@ -39,7 +43,7 @@ class StepTimes(NamedTuple):
 
     seconds: from its begin to its end on the compute stream; stall_s: how long it waited for weights;
         copy_s, h2d_bytes: how long the copy stream spent on the transfers used in it, and what they brought,
-        without those that made layers resident; marks: what `spans` is made from.
+        without those that made layers resident; names, times: what `spans` is made from.
     """
 
     root: Hashable
@@ -47,25 +51,23 @@ class StepTimes(NamedTuple):
     stall_s: float
     copy_s: float
     h2d_bytes: int
-    base: Any
-    marks: list[tuple[str, Any, Any, Any, Any]]
+    names: list[str]
+    times: array[float]
 
-    def spans(self) -> list[tuple[str, float, float, float | None, float | None]]:
-        """(layer, begin, served, copy begin, copy end) in seconds since the begin of the step. A copy may
-        have begun in the step before: a negative time."""
-        return [(name, *(self._since(event) for event in events)) for name, *events in self.marks]
-
-    def _since(self, event: Any) -> Any:
-        return None if event is None else self.base.elapsed_time(event) * 1e-3
+    def spans(self) -> list[Span]:
+        """The uses in it, in their order."""
+        fours = zip(*[iter(self.times)] * 4, strict=True)
+        return [Span(name, *four) for name, four in zip(self.names, fours, strict=True)]
 
 
 class _Step:
-    __slots__ = ("base", "end", "measured", "reads", "root", "uses")
+    __slots__ = ("base", "end", "measured", "reads", "root", "times", "uses")
 
     def __init__(self, root: Hashable, base: Any, measured: Hashable) -> None:
         self.root, self.base, self.measured = root, base, measured
         self.end: Any = None
-        self.uses: list[Use] = []
+        self.times: StepTimes | None = None
+        self.uses: list[Transfer | ResidentUse] = []
         self.reads: dict[Layer, list[Any]] = {}
 
 
@@ -80,8 +82,14 @@ class Timeline:
         self._device = device
         self._step: _Step | None = None
         self._waiting: deque[_Step] = deque(maxlen=16)
+        self._ended: deque[_Step] = deque(maxlen=KEPT_STEPS)
         self.profiling = False
-        self.finished: deque[StepTimes] = deque(maxlen=KEPT_STEPS)
+
+    @property
+    def finished(self) -> list[StepTimes]:
+        """The last steps that the device had done when `collect` was called, oldest first. Any thread may
+        ask."""
+        return self._read_all()
 
     def begin(self, root: Hashable, measured: Hashable = None) -> None:
         """A forward of `root` begins. `measured`: the work whose times are taken in it, if any."""
@@ -108,29 +116,32 @@ class Timeline:
             self._step, self.profiling = None, False
 
     def forget(self) -> None:
-        """The steps that have not been read yet are dropped, and with them what they hold on to."""
+        """The steps that the device has not done yet are dropped, and nothing is held on to."""
         self.collect()
         self._waiting.clear()
+        self._read_all()
         self._step, self.profiling = None, False
 
     def mark(self, stream: Any) -> Any:
         """A point in time on `stream`."""
         event = self._device.new_event(timing=True)
-        self._device.record(event, stream)
+        event.record(stream)
         return event
 
-    def used(self, layer: Layer, transfer: Transfer | None, begun: Any) -> None:
-        """`layer` asked for its weights at `begun`, and computes as soon as `transfer` has brought them."""
-        if transfer is not None:
-            transfer.awaited = begun
+    def used(self, transfer: Transfer) -> None:
+        """The layer of `transfer` has asked for its weights, and computes as soon as they are there."""
         if self._step is not None:
-            self._step.uses.append(Use(layer, begun, transfer))
+            self._step.uses.append(transfer)
 
-    def read(self, layer: Layer, event: Any = None) -> None:
-        """What reads the weights of `layer` has been issued: up to `event`, or to now."""
+    def used_at_once(self, layer: Layer) -> None:
+        """`layer` has asked for its weights, which were there."""
+        if self._step is not None:
+            self._step.uses.append(ResidentUse(layer, self.mark(self._device.current_stream())))
+
+    def read(self, layer: Layer) -> None:
+        """What reads the weights of `layer` has been issued."""
         if self._step is not None and self.profiling:
-            if event is None:
-                event = self.mark(self._device.current_stream())
+            event = self.mark(self._device.current_stream())
             self._step.reads.setdefault(layer, []).append(event)
 
     @property
@@ -139,46 +150,66 @@ class Timeline:
         return self._step is None and all(step.end.query() for step in self._waiting.copy())
 
     def collect(self) -> None:
-        """Reads the steps whose events have all happened."""
+        """Looks which steps the device has done. What was measured in them is read."""
+        measured = False
         while self._waiting and self._waiting[0].end.query():
-            self._read(self._waiting.popleft())
+            self._ended.append(self._waiting.popleft())
+            measured = measured or self._ended[-1].measured is not None
+        if measured:
+            self._read_all()
 
-    def _read(self, step: _Step) -> None:
-        """Few calls for each use: on a GPU each costs a microsecond."""
-        marks: list[tuple[str, Any, Any, Any, Any]] = []
+    def _read_all(self) -> list[StepTimes]:
+        return [self._read(step) for step in self._ended.copy()]
+
+    def _read(self, step: _Step) -> StepTimes:
+        """What `step` took. Several threads may read it at once: they find the same."""
+        uses, reads = step.uses, step.reads
+        if step.times is not None:
+            return step.times
+        since = step.base.elapsed_time
+        times = array("d")
         stall = copy = 0.0
         h2d_bytes = 0
-        served = [use.served for use in step.uses]
-        for (layer, begun, transfer), at in zip(step.uses, served, strict=True):
-            if transfer is None:
-                marks.append((layer.name, begun, begun, None, None))
+        for use in uses:
+            if isinstance(use, ResidentUse):
+                begun = since(use.begun) * 1e-3
+                times.extend((begun, begun, NAN, NAN))
                 continue
-            waited = _seconds(begun, at)
-            stall += waited
-            layer.times.stall_s = waited
-            layer.times.stall_total_s += waited
-            if not transfer.uploads:
-                h2d_bytes += transfer.nbytes
-                copy += _seconds(transfer.started, transfer.ready)
-            marks.append((layer.name, begun, at, transfer.started, transfer.ready))
+            layer, events = use.layer, use.events
+            begun, copy_begun = since(events.awaited) * 1e-3, since(events.started) * 1e-3
+            copy_ended = since(events.ready) * 1e-3
+            served = max(begun, copy_ended)
+            times.extend((begun, served, copy_begun, copy_ended))
+            stall += served - begun
+            layer.times.stall_s = served - begun
+            if not use.uploads:
+                h2d_bytes += layer.payload_bytes
+                copy += max(0.0, copy_ended - copy_begun)
+        seconds = max(0.0, since(step.end) * 1e-3)
         if step.measured is not None:
-            self._measure(step, served)
-        self.finished.append(
-            StepTimes(step.root, _seconds(step.base, step.end), stall, copy, h2d_bytes, step.base, marks)
-        )
+            self._measure(step, uses, reads, times, seconds)
+        names = [use.layer.name for use in uses]
+        found = step.times = StepTimes(step.root, seconds, stall, copy, h2d_bytes, names, times)
+        step.uses, step.reads = [], {}  # Nothing is held on to: layers can go, and events are used again.
+        return found
 
-    def _measure(self, step: _Step, served: list[Any]) -> None:
+    def _measure(
+        self,
+        step: _Step,
+        uses: list[Transfer | ResidentUse],
+        reads: dict[Layer, list[Any]],
+        times: array[float],
+        seconds: float,
+    ) -> None:
         measured: dict[Layer, Measured] = {}
-        ends = itertools.chain((use.begun for use in step.uses[1:]), [step.end])
-        for use, begin, end in zip(step.uses, served, ends):  # noqa: B905 (without uses an end is left)
-            compute_s = _seconds(begin, end)
-            reads = step.reads.get(use.layer)
-            read_s = min(compute_s, _seconds(begin, reads.pop(0))) if reads else compute_s
+        coming = {layer: iter(events) for layer, events in reads.items()}
+        begun = [*times[0::4], seconds]
+        for i, (use, served) in enumerate(zip(uses, times[1::4], strict=True)):
+            compute_s = max(0.0, begun[i + 1] - served)
+            read_s, event = compute_s, next(coming.get(use.layer, iter(())), None)
+            if event is not None:
+                read_s = min(compute_s, max(0.0, step.base.elapsed_time(event) * 1e-3 - served))
             before = measured.get(use.layer, Measured(0.0, 0.0))
             measured[use.layer] = Measured(before.compute_s + compute_s, before.read_s + read_s)
-        for layer, times in measured.items():
-            layer.times.by_work[step.measured] = times
-
-
-def _seconds(first: Any, then: Any) -> float:
-    return max(0.0, first.elapsed_time(then) * 1e-3)
+        for layer, found in measured.items():
+            layer.times.by_work[step.measured] = found
