@@ -144,6 +144,45 @@ def test_a_smaller_page_lock_budget_is_kept_by_giving_back_whole_arenas(
         assert torch.equal(sm.run(model, GPU), expected)
 
 
+def test_ram_that_is_page_locked_or_no_more_stays_where_it_is(sim, compute_mode, tmp_path):
+    model = sm.build(file=tmp_path / "model.gguf")
+    expected = sm.reference(model)
+    options = {"ring_bytes": None, "arithmetic": "exact", "pin_budget_bytes": None}
+    with attached(model, device=GPU, location="shared", budget_bytes=0, **F32) as attachment:
+
+        def addresses():
+            weights = [parameter for parameter in model.parameters() if parameter.device.type == "cpu"]
+            masters = [layer.home.payload.data_ptr() for layer in attachment.layers]
+            return masters, [getattr(weight, "packed", weight).data_ptr() for weight in weights]
+
+        before = addresses()
+        for location in ("cpu", "shared", "cpu"):
+            attachment.configure(location=location, **options)
+            attachment.rebalance(0)
+            assert set(kinds(attachment)) == {location}
+            assert addresses() == before
+            assert all(layer.home.page_locked == (location == "shared") for layer in attachment.layers)
+            assert sim.stats()["registered_bytes"] == attachment.state.pin_budget.used_bytes
+            assert torch.equal(sm.run(model, GPU), expected)
+
+
+def test_ram_that_cannot_be_page_locked_where_it_is_is_not_copied_for_it(sim, monkeypatch):
+    model = sm.build()
+    expected = sm.reference(model)
+    with attached(model, device=GPU, location="shared", budget_bytes=0, **F32) as attachment:
+        options = {"pin_budget_bytes": None, "ring_bytes": None, "arithmetic": "exact"}
+        attachment.configure(location="cpu", **options)
+        attachment.rebalance(0)
+        masters = [layer.home.payload.data_ptr() for layer in attachment.layers]
+        monkeypatch.setattr(devices.Device, "register", lambda _device, _buffer: "the system refuses")
+        attachment.configure(location="shared", **options)
+        attachment.rebalance(0)
+        assert [layer.home.payload.data_ptr() for layer in attachment.layers] == masters
+        assert set(kinds(attachment)) == {"cpu"}
+        assert any("the system refuses" in text for text in sm.messages())
+        assert torch.equal(sm.run(model, GPU), expected)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
 def test_a_file_that_a_container_has_in_its_cache_takes_no_ram_away(tmp_path, monkeypatch):
     files = {

@@ -8,7 +8,7 @@ import contextlib
 import mmap
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -119,6 +119,45 @@ def fill_arena(layers: Sequence[Layer], device: Device, pin_budget: PinBudget | 
     return refused
 
 
+def whole_arenas(
+    layers: Iterable[Layer], everyone: Iterable[Layer]
+) -> Iterator[tuple[HostBuffer, list[Layer]]]:
+    """The arenas in which there is nobody of `everyone` but `layers`, each with those."""
+    wanted = set(layers)
+    arenas: dict[int, list[Layer]] = {}
+    for layer in everyone:
+        if isinstance(layer.home.owner, HostBuffer):
+            arenas.setdefault(id(layer.home.owner), []).append(layer)
+    for inside in arenas.values():
+        owner = inside[0].home.owner
+        if isinstance(owner, HostBuffer) and wanted.issuperset(inside):
+            yield owner, inside
+
+
+def lock_in_place(
+    owner: HostBuffer, inside: Sequence[Layer], device: Device, budget: PinBudget
+) -> str | None:
+    """Page-locks an arena where it is: nothing is copied, and nothing is in RAM twice. Returns None when that
+    worked, else why it did not."""
+    reason = owner.lock(device, budget, torch.frombuffer(owner, dtype=torch.uint8))
+    if reason is None:
+        _look_again(inside)
+    return reason
+
+
+def unlock_in_place(owner: HostBuffer, inside: Sequence[Layer]) -> None:
+    """Takes back what `lock_in_place`, or `fill_arena`, did to an arena; nothing may be reading it for a
+    device."""
+    owner.unlock()
+    _look_again(inside)
+
+
+def _look_again(inside: Iterable[Layer]) -> None:
+    """What kind of home layers have is read off their arena once."""
+    for layer in inside:
+        layer.home = Home(layer.parts, layer.home.payload, layer.home.owner)
+
+
 def _allocate(
     nbytes: int, device: Device, pin_budget: PinBudget | None
 ) -> tuple[Owner, torch.Tensor, str | None]:
@@ -177,9 +216,7 @@ def leave_arenas(layers: Iterable[Layer]) -> list[Layer]:
     for inside in arenas.values():
         owner = inside[0].home.owner
         if isinstance(owner, HostBuffer) and not any(map(has_file, inside)):
-            owner.unlock()  # The only copy: it stays where it is.
-            for layer in inside:
-                layer.home = Home(layer.parts, layer.home.payload, owner)
+            unlock_in_place(owner, inside)  # The only copy.
         else:
             use_file(inside)
             moved += inside

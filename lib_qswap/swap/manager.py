@@ -14,7 +14,14 @@ import torch
 from lib_qswap.quant.unpack import Arithmetic
 from lib_qswap.swap import ledger, profile
 from lib_qswap.swap.adaptation import Adaptation
-from lib_qswap.swap.arena import fill_arena, leave_arenas, use_file
+from lib_qswap.swap.arena import (
+    fill_arena,
+    leave_arenas,
+    lock_in_place,
+    unlock_in_place,
+    use_file,
+    whole_arenas,
+)
 from lib_qswap.swap.conditioning import Conditioning
 from lib_qswap.swap.device import ALIGNMENT_BYTES, Device, align, device_of
 from lib_qswap.swap.device_state import state_of
@@ -332,9 +339,17 @@ class Attachment:
             to_copy += [layer for layer in behind if not has_file(layer)]
             self.device.synchronize()  # The device may still be reading what is about to be released.
         use_file(to_file)
-        fill_arena(to_copy, self.device, None)
+        for owner, inside in whole_arenas(to_copy, self.layers):
+            unlock_in_place(owner, inside)
+        fill_arena([layer for layer in to_copy if layer.home.kind != "cpu"], self.device, None)
         self._bind_masters([*to_copy, *to_file])
-        refused = fill_arena(to_lock, self.device, budget)
+        refused = None
+        if self.device.can_register:
+            for owner, inside in whole_arenas(to_lock, self.layers):
+                refused = lock_in_place(owner, inside, self.device, budget) or refused
+                to_lock = [layer for layer in to_lock if layer not in inside]
+                self._bind_masters(inside)
+        refused = fill_arena(to_lock, self.device, budget) or refused
         self._bind_masters(to_lock)
         if refused:
             self.state.copier.use_worker(True)
