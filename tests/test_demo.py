@@ -311,6 +311,7 @@ def test_the_panel_can_change_location_and_budget(host):
         {"qswap_location": 3},
         {"qswap_gpu_budget_mb": -1},
         {"qswap_gpu_budget_mb": "1"},
+        {"qswap_keep_outputs": "no"},
         {"qswap_ring_mb": True},
         {"qswap_colour": "red"},
     ],

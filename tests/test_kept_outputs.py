@@ -194,6 +194,16 @@ def test_a_model_that_is_resident_whole_keeps_nothing_and_reads_nothing(setup):
     assert equal(first[:4], first[4:])
 
 
+def test_with_room_for_all_layers_none_is_idle(setup):
+    model = setup()
+    first = model.image()
+    model.image()
+    model.attachment.rebalance(model.attachment.whole_bytes)
+    assert all(layer.resident is not None for layer in model.attachment.layers)
+    assert model.fetched(lambda: first.extend(model.image())) == DEPENDENT | INDEPENDENT
+    assert equal(first[:4], first[4:])
+
+
 def test_where_some_layers_are_resident_others_take_their_place(setup):
     probe = setup()
     attachment = probe.attachment
@@ -639,6 +649,16 @@ def test_the_demo_makes_the_same_latent_from_kept_outputs(flux):
     modulation = sum(size for name, size in sizes.items() if CONDITIONING._pattern.search(name))
     assert spared(host) == modulation > 0.25 * sum(sizes.values())
     assert less.h2d_bytes_per_step == pytest.approx(whole.h2d_bytes_per_step - modulation, rel=0.01)
+
+
+def test_the_demo_keeps_nothing_where_nobody_wants_it(flux):
+    host = flux("cpu")
+    first, _ = host.generate()
+    assert host.snapshot()["models"][0]["bytes"]["kept_outputs"] > 0
+    host.apply({"qswap_keep_outputs": False})
+    assert {host.generate()[0].sha256 for _ in range(3)} == {first.sha256}
+    size = host.snapshot()["models"][0]["bytes"]
+    assert size["kept_outputs"] == size["spared_per_step"] == 0
 
 
 @pytest.mark.simgpu

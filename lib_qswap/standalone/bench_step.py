@@ -55,7 +55,8 @@ def measure(
     the model was opened; None where that is not known. A row without room for its budget has "out_of_memory"
     instead.
     """
-    settings = Settings(steps=WARM_UP_STEPS + TIMED_STEPS, pixels=PIXELS)
+    # Each row is to be that of a first image.
+    settings = Settings(steps=WARM_UP_STEPS + TIMED_STEPS, pixels=PIXELS, keeps_outputs=False)
     bench = _Bench(path, device, settings)
     whole = bench.row(1.0)
     bench.host.close()

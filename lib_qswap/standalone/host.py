@@ -30,13 +30,15 @@ ARITHMETICS: tuple[Arithmetic, ...] = ("exact", "like Forge")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a run is made with; None for a budget or a ring means automatic."""
+    """What a run is made with; None for a budget or a ring means automatic. keeps_outputs: of the layers that
+    depend on the conditioning alone, for another run."""
 
     location: Location = "auto"
     budget: Budget | None = None
     pin_budget_bytes: int | None = None
     ring_bytes: int | None = None
     arithmetic: Arithmetic = "exact"
+    keeps_outputs: bool = True
     steps: int = 4
     pixels: int = 256
     seed: int = 0
@@ -138,7 +140,7 @@ class StandaloneHost:
             arithmetic=settings.arithmetic,
             compute_dtype=self._dtype,
             name=self.path.stem,
-            conditioning=CONDITIONING,
+            conditioning=CONDITIONING if settings.keeps_outputs else None,
         )
         self._attachment.begin_uploads()  # Whoever opened the file still has to press the button.
 
@@ -225,7 +227,7 @@ class StandaloneHost:
         check_size(settings.pixels)
         with self._lock, self._downloads:
             before, self.settings = self.settings, settings
-            placing = ("location", "pin_budget_bytes", "ring_bytes", "arithmetic")
+            placing = ("location", "pin_budget_bytes", "ring_bytes", "arithmetic", "keeps_outputs")
             if any(getattr(before, name) != getattr(settings, name) for name in placing):
                 self._attachment.detach()
                 # The old model's masters go before the new one's come.
@@ -267,6 +269,10 @@ class StandaloneHost:
                 changes["location"] = _one_of(name, value, LOCATIONS)
             elif name == "qswap_arithmetic":
                 changes["arithmetic"] = _one_of(name, value, ARITHMETICS)
+            elif name == "qswap_keep_outputs":
+                if not isinstance(value, bool):
+                    raise ValueError(f"{name} must be true or false, not {value!r}")
+                changes["keeps_outputs"] = value
             elif name == "qswap_gpu_budget_mb":
                 megabytes = _whole_number(name, value)
                 changes["budget"] = Budget(nbytes=megabytes * MB) if megabytes else None

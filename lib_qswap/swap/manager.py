@@ -249,6 +249,8 @@ class Attachment:
         return self.fixed_bytes + self.scratch_bytes + largest
 
     def _balance(self, budget_bytes: int) -> None:
+        if self.whole_bytes <= budget_bytes:
+            self.idle.layers = frozenset()  # There is nothing to be saved.
         plan = self.make_plan(budget_bytes)
         floor = self.floor_bytes
         if budget_bytes < floor:
