@@ -10,6 +10,7 @@ import swap_models as sm
 import torch
 
 from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.swap import ledger
 from lib_qswap.swap.device import Device
 from lib_qswap.swap.manager import attach, attached
 
@@ -418,6 +419,121 @@ def test_a_model_collected_in_the_midst_of_another_ones_step_neither_blocks_nor_
         del second
         gc.collect()
         assert location == "cpu" or attachment.state.pin_budget.used_bytes < pinned
+
+
+def dropped_in_a_cycle(**options):
+    """A model that has run and that only the collector frees now; its attachment."""
+    model = Steps(seed=1)
+    attachment = attach(model, device=GPU, budget_bytes=0, **F32, **options)
+    call(model)
+    model.itself = [model]
+    return attachment
+
+
+def test_a_model_that_is_collected_on_the_pages_thread_waits_for_the_thread_that_runs_models(
+    sim, compute_mode
+):
+    model = Steps()
+    right = expected(model)
+    with swapped(model) as attachment:
+        call(model)
+        gc.disable()
+        try:
+            second = dropped_in_a_cycle(location="shared")
+            pinned = attachment.state.pin_budget.used_bytes
+            page = threading.Thread(target=gc.collect)
+            page.start()
+            page.join()
+            # Unloading gives slots back and frees memory: not beside a step.
+            assert second.active
+            assert torch.equal(call(model), right)
+            assert not second.active
+        finally:
+            gc.enable()
+        del second
+        assert attachment.state.pin_budget.used_bytes < pinned
+
+
+def test_a_model_that_is_collected_on_a_readers_thread_does_not_wait_for_itself(
+    sim, compute_mode, monkeypatch
+):
+    from lib_qswap.swap import reader
+    from lib_qswap.swap.home import Home
+
+    monkeypatch.setattr(reader, "LEAST_BYTES", 1)
+    model = Steps()
+    right = expected(model)
+    read_into, collected = Home.read_into, []
+
+    def collecting(self, destination, start_byte):
+        if armed and not collected and threading.current_thread().name == "qswap-reader":
+            collected.append(gc.collect())
+        read_into(self, destination, start_byte)
+
+    armed = False
+    monkeypatch.setattr(Home, "read_into", collecting)
+    with swapped(model, location="cpu") as attachment:
+        attachment.state.copier.reader = reader.Reader(threads=2)
+        call(model)
+        gc.disable()
+        try:
+            second = dropped_in_a_cycle(location="cpu")
+            armed, results = True, []
+
+            def steps():
+                attachment.begin_step(model)
+                attachment.state.copier.drain()
+                results.extend(call(model) for _ in range(3))
+
+            thread = threading.Thread(target=steps, daemon=True)
+            thread.start()
+            thread.join(LATE_S)
+        finally:
+            gc.enable()
+        assert collected
+        assert len(results) == 3, "the step is stuck"
+        assert all(torch.equal(result, right) for result in results)
+        assert not second.active
+
+
+def test_the_ring_holds_on_to_nothing_of_a_model_that_is_gone(sim, compute_mode):
+    model = Steps()
+    with swapped(model) as attachment:
+        call(model)
+        pinned = attachment.state.pin_budget.used_bytes
+        other = Steps(seed=1)
+        second = attach(other, device=GPU, location="shared", budget_bytes=0, **F32)
+        second.run.begin(1)  # Nothing is fetched for another step into what its layers have left.
+        call(other)
+        assert attachment.state.pin_budget.used_bytes > pinned
+        del other, second
+        gc.collect()
+        assert attachment.state.pin_budget.used_bytes == pinned
+
+
+class NotReady:
+    """An event of a step of which something still runs on another stream: the device gives no time."""
+
+    def elapsed_time(self, _later):
+        raise RuntimeError("device not ready")
+
+
+def test_a_step_that_cannot_be_read_yet_is_read_later(sim):
+    model = Steps()
+    with swapped(model) as attachment:
+        timeline = attachment.state.streamer.timeline
+        call(model)
+        sim.synchronize()
+        timeline.collect()
+        call(model)
+        sim.synchronize()
+        step = timeline._waiting[-1]
+        base, step.base = step.base, NotReady()
+        timeline.collect()
+        assert ledger.snapshot()["models"]
+        assert len(timeline.finished) == 1
+        step.base = base
+        assert len(timeline.finished) == 2
 
 
 def test_another_thread_may_use_the_model_afterwards(sim, compute_mode):

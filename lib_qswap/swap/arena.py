@@ -28,6 +28,9 @@ FILL_THREADS = min(4, os.cpu_count() or 1)
 file from its cache."""
 
 
+BUDGET_USED_UP = "the page-lock budget is used up"
+
+
 class HostBuffer(mmap.mmap):
     """Anonymous memory of an exact size, page-aligned, that gives its page-lock back when its last view
     goes."""
@@ -52,8 +55,10 @@ class HostBuffer(mmap.mmap):
 
     def lock(self, device: Device, budget: PinBudget, tensor: torch.Tensor) -> str | None:
         """Page-locks this memory for `device`. Returns None when that worked, else why it did not."""
+        if self._pin is not None:
+            return None
         if not budget.take(tensor.numel()):
-            return "the page-lock budget is used up"
+            return BUDGET_USED_UP
         if reason := device.register(tensor):
             budget.give(tensor.numel())
             return reason
@@ -80,7 +85,7 @@ class PinnedBlock:
         self._budget, self.nbytes = budget, 1 << (nbytes - 1).bit_length()
         if not budget.take(self.nbytes):
             self.nbytes = 0
-            raise MemoryError("the page-lock budget is used up")
+            raise MemoryError(BUDGET_USED_UP)
         try:
             self.tensor = torch.empty(nbytes, dtype=torch.uint8).pin_memory(device.device)
         except RuntimeError:
@@ -122,7 +127,7 @@ def fill_arena(layers: Sequence[Layer], device: Device, pin_budget: PinBudget | 
 def whole_arenas(
     layers: Iterable[Layer], everyone: Iterable[Layer]
 ) -> Iterator[tuple[HostBuffer, list[Layer]]]:
-    """The arenas in which there is nobody of `everyone` but `layers`, each with those."""
+    """The arenas in which there is nobody of `everyone` but `layers`, and nothing else, each with those."""
     wanted = set(layers)
     arenas: dict[int, list[Layer]] = {}
     for layer in everyone:
@@ -130,7 +135,7 @@ def whole_arenas(
             arenas.setdefault(id(layer.home.owner), []).append(layer)
     for inside in arenas.values():
         owner = inside[0].home.owner
-        if isinstance(owner, HostBuffer) and wanted.issuperset(inside):
+        if isinstance(owner, HostBuffer) and wanted.issuperset(inside) and bytes_of(inside) == owner.nbytes:
             yield owner, inside
 
 

@@ -177,11 +177,6 @@ class Copier:
         if self.stream is not None:
             self.stream.synchronize()
 
-    @property
-    def is_worker(self) -> bool:
-        """Whether the calling thread is the worker."""
-        return threading.current_thread() is self._thread
-
     def _issue(self, transfer: Transfer) -> None:
         try:
             self._begin(transfer)

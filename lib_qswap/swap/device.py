@@ -140,7 +140,8 @@ class Device:
         """Waits for the device. Never on the hot path: only before host memory that it may be reading is
         released."""
         if not self.is_host:
-            self._module.synchronize()
+            with self._guard():
+                self._module.synchronize()
 
     def _guard(self) -> contextlib.AbstractContextManager[Any]:
         guard = getattr(self._module, "device", None)

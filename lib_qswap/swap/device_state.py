@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
 
 class DeviceState:
-    """One device: its budget, copier, ring and scratch, and the models that use them now."""
+    """One device: its budget, copier, ring and scratch, and the models that use them now.
+
+    Attributes:
+        gone: models that nobody holds any more, and that are still to be unloaded.
+    """
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -33,6 +38,7 @@ class DeviceState:
         self.active: weakref.WeakSet[Attachment] = weakref.WeakSet()
         self.gone: deque[Attachment] = deque()
         self._changes = 0
+        self._thread: int | None = None
 
     @property
     def shared_bytes(self) -> int:
@@ -42,6 +48,7 @@ class DeviceState:
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """Inside, nothing else changes what is on the device."""
+        self.enter()
         self._changes += 1
         try:
             yield
@@ -49,11 +56,16 @@ class DeviceState:
             self._changes -= 1
             self.sweep()
 
+    def enter(self) -> None:
+        """The calling thread runs or places models from now on."""
+        self._thread = threading.get_ident()
+        self.sweep()
+
     def sweep(self) -> None:
         """Unloads the models that are gone. Garbage collection, which ends many of them, runs anywhere:
-        inside the streamer, on the copier's thread, or while another model has a layer leased; then the next
-        call does it."""
-        while self.gone and not self._changes and not self.copier.is_worker:
+        inside the streamer, on the threads of the copier, its readers or the page, or while another model has
+        a layer leased; then the next call on the thread that runs the models does it."""
+        while self.gone and not self._changes and self._thread in (None, threading.get_ident()):
             if not self.streamer.idle(besides=self.gone[0].layers):
                 return
             self.gone.popleft().release()

@@ -15,6 +15,7 @@ from lib_qswap.quant.unpack import Arithmetic
 from lib_qswap.swap import ledger, profile
 from lib_qswap.swap.adaptation import Adaptation
 from lib_qswap.swap.arena import (
+    BUDGET_USED_UP,
     fill_arena,
     leave_arenas,
     lock_in_place,
@@ -211,6 +212,7 @@ class Attachment:
         Raises:
             torch.OutOfMemoryError: the device has no room even for the floor; nothing is left on it.
         """
+        self.state.enter()
         if budget_bytes is None:
             free, _ = self.device.memory_bytes()
             usable = free + self.device_bytes() + self.state.shared_bytes
@@ -355,7 +357,8 @@ class Attachment:
         self._bind_masters(to_lock)
         if refused:
             self.state.copier.use_worker(True)
-            budget.limit_bytes = budget.used_bytes  # Asking again, and copying for it, would be in vain.
+            if refused != BUDGET_USED_UP:
+                budget.limit_bytes = budget.used_bytes  # Asking again, and copying for it, would be in vain.
             ledger.message(
                 f"{self.name}: {refused}; what could not be page-locked is read from ordinary RAM. "
                 "Lower the page-lock budget, or choose CPU.",
@@ -484,10 +487,10 @@ class Attachment:
         """The forward of `root` (the module, or a part of it that runs by itself) begins; `work`: what it is
         asked for; `conditioning`: as from `IdleLayers.conditioning_of`, None: not known."""
         work = work or Work(id(root), ())
+        self.state.enter()
         self.idle.before_step(work, conditioning)
         measured = self.adaptation.before_step(work)
         self.run.count_forward()
-        self.state.sweep()
         self.state.streamer.begin_step(id(root), wrap=self.run.goes_on, measured=work if measured else None)
 
     def end_step(self, root: torch.nn.Module) -> None:

@@ -68,6 +68,12 @@ class Ring:
             if slot.reader is not None:
                 self._retired.append(slot)
 
+    def readers(self) -> list[Any]:
+        """All readers that nobody has been told to wait for yet; nobody will be told again."""
+        readers = [slot.reader for slot in self._retired]
+        self._retired.clear()
+        return readers
+
     def wait_for(self, slot: Slot) -> list[Any]:
         """The readers after which `slot` may be written: those of the slots that lay there one round ago.
         Each is returned once."""

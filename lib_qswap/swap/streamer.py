@@ -94,6 +94,9 @@ class Streamer:
         for transfer in list(self._leased):
             self._give_back(transfer)
         self.copier.drain()
+        # Nothing is held on to of models that may not run again.
+        for transfer in self._ring.readers():
+            transfer.events.done.wait(self.copier.stream)
         self.device.order(self.copier.stream, self.device.current_stream())
         self._views.clear()
         self._retired.clear()
@@ -198,8 +201,10 @@ class Streamer:
         if is_waiting(layer):
             with self._lock:
                 self.begin_uploads([layer])
-        self._await(layer.resident_ready)
+        transfer = layer.resident_ready
+        self._await(transfer)
         layer.resident_ready = None
+        transfer.target, transfer.parts = NO_BYTES, {}  # Who reads what the step took holds on to no memory.
 
     def _await(self, transfer: Transfer) -> None:
         stream, events = self.device.current_stream(), transfer.events

@@ -6,6 +6,7 @@ waits for the device, and what nobody looks at costs a step little.
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from collections import deque
 from collections.abc import Hashable
@@ -159,7 +160,12 @@ class Timeline:
             self._read_all()
 
     def _read_all(self) -> list[StepTimes]:
-        return [self._read(step) for step in self._ended.copy()]
+        found = []
+        for step in self._ended.copy():
+            # A layer that ran on another stream may not be done yet although its forward is.
+            with contextlib.suppress(RuntimeError):
+                found.append(self._read(step))
+        return found
 
     def _read(self, step: _Step) -> StepTimes:
         """What `step` took. Several threads may read it at once: they find the same."""
