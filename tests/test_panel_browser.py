@@ -190,6 +190,20 @@ def test_the_first_line_says_what_is_on_the_gpu_what_travels_and_whether_it_stal
     expect(page.locator(".qswap-model[open] .qswap-figure-stall")).to_have_class(re.compile("qswap-bad"))
 
 
+def test_what_another_image_of_the_same_prompt_is_spared_stands_beside_what_travels(serve, host, page):
+    page.goto(serve(host).url)
+    detail = page.locator(".qswap-model[open] .qswap-figure-travels .qswap-figure-detail")
+    expect(detail).to_have_text(re.compile(r"^at [\d.]+ GB/s$"))
+    main = host._main_model
+
+    def spared(now):
+        model = main(now)
+        return {**model, "bytes": {**model["bytes"], "spared_per_step": 1 << 30}}
+
+    host._main_model = spared
+    expect(detail).to_have_text(re.compile("/s; 1.0 GB spared: prompt and steps seen before$"))
+
+
 def test_numbers_of_the_step_and_memory_are_those_of_the_snapshot(serve, host, page):
     host.clock.now = 5.0
     page.goto(serve(host).url)

@@ -93,6 +93,15 @@ def test_the_summary_has_the_numbers_of_the_step_and_the_warnings():
     assert lines[-1].startswith("warning: Page-locked memory is full")
 
 
+def test_the_summary_says_what_another_image_of_the_same_prompt_is_spared():
+    step = {"seconds": 2.0, "stall_s": 0.0, "bound_s": 2.0, "h2d_bytes": 2 * 1024**3}
+    spared = _snapshot([], step=step, bytes={"spared_per_step": 3 * 1024**2})
+    assert (
+        "2.0 GB swapped at 1.0 GB/s (3.0 MB spared: prompt and steps seen before)" in summary_lines(spared)[1]
+    )
+    assert "spared" not in summary_lines(_snapshot([], step=step, bytes={"spared_per_step": 0}))[1]
+
+
 def test_missing_numbers_are_dashes_and_no_error():
     snapshot = {"models": [{"name": "m", "step": None, "bytes": {}, "layers": [{"name": "a"}]}]}
 

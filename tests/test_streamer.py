@@ -371,6 +371,30 @@ def test_what_is_fetched_ahead_for_a_model_that_is_dropped_is_dropped_with_it(si
     sim.synchronize()
 
 
+def dropped_in_a_cycle(**options):
+    """A model that has run and that only the collector frees now; its attachment."""
+    model = Steps(seed=1)
+    attachment = attach(model, device=GPU, budget_bytes=0, **F32, **options)
+    call(model)
+    model.itself = [model]
+    return attachment
+
+
+def three_steps(model, attachment):
+    """Results of as many steps as a thread gets done in time."""
+    results = []
+
+    def steps():
+        attachment.begin_step(model)  # begins to fetch, with no layer leased yet
+        attachment.state.copier.drain()
+        results.extend(call(model) for _ in range(3))
+
+    thread = threading.Thread(target=steps, daemon=True)
+    thread.start()
+    thread.join(LATE_S)
+    return results
+
+
 @pytest.mark.parametrize("location", ["cpu", "shared"])
 def test_a_model_collected_in_the_midst_of_another_ones_step_neither_blocks_nor_spoils_it(
     sim, compute_mode, monkeypatch, location
@@ -391,25 +415,12 @@ def test_a_model_collected_in_the_midst_of_another_ones_step_neither_blocks_nor_
     monkeypatch.setattr(Copier, "_begin", collecting)
     with swapped(model, location=location) as attachment:
         call(model)
-        other = Steps(seed=1)
-        second = attach(other, device=GPU, location=location, budget_bytes=0, **F32)
-        call(other)
-        other.itself = [other]  # a reference cycle: freed by the collector alone
-        pinned = attachment.state.pin_budget.used_bytes
         gc.disable()
         try:
-            del other
+            second = dropped_in_a_cycle(location=location)
+            pinned = attachment.state.pin_budget.used_bytes
             armed.append(True)
-            results = []
-
-            def steps():
-                attachment.begin_step(model)  # begins to fetch, with no layer leased yet
-                attachment.state.copier.drain()
-                results.extend(call(model) for _ in range(3))
-
-            thread = threading.Thread(target=steps, daemon=True)
-            thread.start()
-            thread.join(LATE_S)
+            results = three_steps(model, attachment)
         finally:
             gc.enable()
         assert not armed
@@ -419,15 +430,6 @@ def test_a_model_collected_in_the_midst_of_another_ones_step_neither_blocks_nor_
         del second
         gc.collect()
         assert location == "cpu" or attachment.state.pin_budget.used_bytes < pinned
-
-
-def dropped_in_a_cycle(**options):
-    """A model that has run and that only the collector frees now; its attachment."""
-    model = Steps(seed=1)
-    attachment = attach(model, device=GPU, budget_bytes=0, **F32, **options)
-    call(model)
-    model.itself = [model]
-    return attachment
 
 
 def test_a_model_that_is_collected_on_the_pages_thread_waits_for_the_thread_that_runs_models(
@@ -478,16 +480,8 @@ def test_a_model_that_is_collected_on_a_readers_thread_does_not_wait_for_itself(
         gc.disable()
         try:
             second = dropped_in_a_cycle(location="cpu")
-            armed, results = True, []
-
-            def steps():
-                attachment.begin_step(model)
-                attachment.state.copier.drain()
-                results.extend(call(model) for _ in range(3))
-
-            thread = threading.Thread(target=steps, daemon=True)
-            thread.start()
-            thread.join(LATE_S)
+            armed = True
+            results = three_steps(model, attachment)
         finally:
             gc.enable()
         assert collected

@@ -24,8 +24,10 @@ from . import positions, settings
 _attachments: weakref.WeakKeyDictionary[torch.nn.Module, Attachment] = weakref.WeakKeyDictionary()
 _layers: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Attachment, Layer]] = weakref.WeakKeyDictionary()
 _refused: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-_CONDITIONINGS = {"IntegratedFluxTransformer2DModel": FLUX, "MMDiTX": SD3}
 _gathered: weakref.WeakKeyDictionary[torch.nn.Module, torch.dtype] = weakref.WeakKeyDictionary()
+
+_CONDITIONINGS = {"IntegratedFluxTransformer2DModel": FLUX, "MMDiTX": SD3}
+"""By the name of the network's class."""
 
 
 def attachment_of(model: torch.nn.Module) -> Attachment | None:

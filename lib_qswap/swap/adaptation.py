@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from typing import TYPE_CHECKING
 
 import torch
 
 from lib_qswap.swap import ledger, profile
+from lib_qswap.swap.attachment_part import AttachmentPart
 from lib_qswap.swap.profile import Need, Profile, Work
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ NEED_MARGIN_BYTES = (512 if sys.platform == "win32" else 64) << 20
 RAM, silently, before the card is full."""
 
 
-class Adaptation:
+class Adaptation(AttachmentPart):
     """What the steps of one attachment have shown, and what follows from it.
 
     Attributes:
@@ -31,16 +31,9 @@ class Adaptation:
     """
 
     def __init__(self, model: Attachment) -> None:
-        self._reference = weakref.ref(model)
+        super().__init__(model)
         self.profile = Profile(model.device)
         self._postponed = False
-
-    @property
-    def _model(self) -> Attachment:
-        model = self._reference()
-        if model is None:
-            raise ReferenceError("the model is gone")
-        return model
 
     def before_step(self, work: Work) -> bool:
         """A forward begins, of this `work`. Returns whether it is measured."""

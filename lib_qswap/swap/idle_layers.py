@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lib_qswap.swap.attachment_part import AttachmentPart
 from lib_qswap.swap.kept_outputs import KeptOutputs
 from lib_qswap.swap.profile import Work
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lib_qswap.swap.manager import Attachment
 
 
-class IdleLayers:
+class IdleLayers(AttachmentPart):
     """Which layers of one attachment are not run, from step to step.
 
     Attributes:
@@ -30,20 +30,13 @@ class IdleLayers:
     """
 
     def __init__(self, model: Attachment, conditioning: Conditioning | None) -> None:
-        self._reference = weakref.ref(model)
+        super().__init__(model)
         self.conditioning = conditioning
         self.allowed = True
         self.layers: frozenset[Layer] = frozenset()
         self._swapped_before = 0
         covered = [layer for layer in model.layers if conditioning is not None and conditioning.covers(layer)]
         self.kept = KeptOutputs(covered, model.device.device)
-
-    @property
-    def _model(self) -> Attachment:
-        model = self._reference()
-        if model is None:
-            raise ReferenceError("the model is gone")
-        return model
 
     @property
     def spared_bytes(self) -> int:

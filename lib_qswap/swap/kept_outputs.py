@@ -25,9 +25,11 @@ SHARE_OF_WEIGHTS = 8
 KEPT_FOR_STEPS = 200
 """What no step has asked for in so many is let go."""
 
-SHORT_STRETCH, MOST_IN_A_ROW = 3, 64
-"""Steps that are served before one is not: so few of them do not pay for the other plan. How many known ones
-in a row are asked for at most before the next try."""
+SHORT_STRETCH = 3
+"""Fewer steps that are served one after the other do not pay for the other plan."""
+
+MOST_IN_A_ROW = 64
+"""Steps that have to be known, one after the other, before another is served: never more than these."""
 
 
 class _Place(NamedTuple):
@@ -72,10 +74,6 @@ class KeptOutputs:
         self._outputs: dict[Layer, torch.Tensor] = {}
         self._serving: _Kept | None = None
         self._served: dict[Layer, torch.Tensor] = {}
-
-    def has(self, key: Hashable) -> bool:
-        """Whether the outputs for this conditioning are kept."""
-        return key in self._kept
 
     def begin(self, key: Hashable, *, may_serve: bool = True) -> bool:
         """A step begins, of the conditioning `key` (None: not known). Returns whether it is served what was
@@ -181,8 +179,9 @@ class KeptOutputs:
             self._step_bytes = start
 
     def _make_room(self, nbytes: int) -> bool:
-        """Lets go of what no step has asked for lately, and whether `nbytes` more may be kept. Steps come in
-        cycles, in which what was asked for longest ago is asked for next: being the oldest is no reason."""
+        """Lets go of what no step has asked for lately; returns whether `nbytes` more may be kept. Steps come
+        in cycles, in which what was asked for longest ago is asked for next: being the oldest is no
+        reason."""
         if nbytes > self._limit_bytes:
             return False
         old = self._asked - KEPT_FOR_STEPS
