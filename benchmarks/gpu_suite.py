@@ -235,6 +235,7 @@ class Suite:
             options = ["--hidden", "3072", "--sides", "1024"]
             options += ["--cards", self.arguments.cards] if self.arguments.cards else []
             options += ["--steps", str(self.arguments.steps)]
+            options += ["--shares", self.arguments.shares] if self.arguments.shares else []
         if self.arguments.forge:
             options += ["--forge", str(self.arguments.forge)]
         options += ["--device", self.arguments.device, "--json", str(path)]
@@ -276,6 +277,7 @@ def main() -> None:
         help=f"that the GPU stands for too, as for step_times.py; {CARDS} by default",
     )
     parser.add_argument("--steps", type=int, default=6, help="that are timed")
+    parser.add_argument("--shares", help="budgets of the steps, as for step_times.py")
     parser.add_argument("--small", action="store_true", help="a quick run with tiny tensors")
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S, metavar="S", help="seconds")
     parser.add_argument("--section", choices=SECTIONS, help="only this one, in this process")

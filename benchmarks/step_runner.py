@@ -140,6 +140,7 @@ class Runner:
             device.synchronize()
         reset_peak_device_bytes(device.device)
         stream, marks = device.current_stream(), []
+        retries = device.allocation_retries()
         for step in range(self.steps + 2):
             if step:  # One more that begins with the device idle, and does not count.
                 marks.append(device.new_event(timing=True))
@@ -156,6 +157,7 @@ class Runner:
             "step_s": marks[0].elapsed_time(marks[-1]) * 1e-3 / (len(marks) - 1),
             "step_seconds": [one.elapsed_time(then) * 1e-3 for one, then in itertools.pairwise(marks)],
             "peak_device_bytes": peak_device_bytes(device.device),
+            "allocation_retries": device.allocation_retries() - retries,
             "page_locked_bytes": page_locked,
             "rss_bytes": None if ram is None or ram_before is None else ram - ram_before,
             "same_output": torch.equal(result, self.expected),

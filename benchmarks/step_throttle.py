@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lib_qswap.swap.device import Device
 
-BUFFER_BYTES = 4 << 20
+BUFFER_BYTES = 32 << 20
 
 
 class Throttle:

@@ -111,9 +111,10 @@ def test_more_than_two_billion_values_are_unpacked():
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("rows", [3072 + 3, 9216 + 3])
 @EVERY_TYPE
-def test_a_compiled_product_is_at_least_as_accurate_as_one_with_the_unpacked_weight(format, tokens):
-    rows, elements = 3072 + 3, 3072
+def test_a_compiled_product_is_at_least_as_accurate_as_one_with_the_unpacked_weight(format, rows, tokens):
+    elements = 3072
     blocks = torch.from_numpy(ggml_blocks.random_blocks(format, 4096, "ordinary"))
     count = rows * elements // format.block_elements
     packed = blocks.repeat(-(-count // 4096), 1)[:count].reshape(rows, -1).to(GPU)

@@ -129,6 +129,47 @@ def test_memory_that_another_program_takes_is_given_back_by_residents(sim, hungr
         del taken
 
 
+class Crowded:
+    """The allocator's count of retries: one more in each step until residents take no more than `until`."""
+
+    def __init__(self, attachment, until_bytes):
+        self.attachment, self.until_bytes, self.count = attachment, until_bytes, 0
+
+    def __call__(self):
+        if self.attachment.resident_bytes > self.until_bytes:
+            self.count += 1
+        return self.count
+
+
+def test_residents_give_way_where_the_allocator_tries_again_in_every_step(hungry, expected, monkeypatch):
+    with attached(hungry, device=GPU, location="shared", budget_bytes=300 * MB) as attachment:
+        crowded = Crowded(attachment, 150 * MB)
+        monkeypatch.setattr(attachment.device, "allocation_retries", crowded)
+        resident = []
+        for _ in range(12):
+            assert torch.equal(run(hungry, 20), expected)
+            resident.append(attachment.resident_bytes)
+        assert resident[:2] == [COUNT * LAYER_BYTES] * 2, "one step may be so by itself"
+        assert resident == sorted(resident, reverse=True)
+        # No more than is needed, in the few steps that an image has.
+        assert 150 * MB - 64 * MB - LAYER_BYTES <= resident[-1] == resident[-2] <= 150 * MB
+        assert any("steps wait for device memory" in text for text in messages())
+
+
+def test_retries_between_two_images_and_in_single_steps_are_left_alone(hungry, expected, monkeypatch):
+    with attached(hungry, device=GPU, location="shared", budget_bytes=300 * MB) as attachment:
+        counts = iter([0, 1, 1, 2, 2, 3, 9, 9, 10, 10, 11])
+        monkeypatch.setattr(attachment.device, "allocation_retries", lambda: next(counts))
+        attachment.run.begin(6)
+        for _ in range(6):
+            assert torch.equal(run(hungry, 20), expected)
+        attachment.run.begin(5)  # Other models ran meanwhile.
+        for _ in range(5):
+            run(hungry, 20)
+        assert attachment.resident_bytes == COUNT * LAYER_BYTES
+        assert not messages()
+
+
 def test_residents_stay_where_something_else_once_took_more_than_a_step_needs(sim, hungry, expected):
     other_program(500 * MB)  # and gives it back at once; the device's peak remembers it
     with attached(hungry, device=GPU, location="shared", budget_bytes=300 * MB) as attachment:

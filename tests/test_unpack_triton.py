@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -72,12 +73,32 @@ def test_a_product_is_summed_by_fused_multiply_adds_and_needs_no_stack(name, com
     format = FORMATS[name]
     packed = torch.empty((64, format.packed_bytes(512)), dtype=torch.uint8)
     x, bias = torch.empty((2, 512), dtype=torch.bfloat16), torch.empty(64)
-    multiply(kernels.load(format), packed, x, bias, torch.empty((2, 64)), format.block_elements)
+    multiply(kernels.load(format), format, packed, x, bias, torch.empty((2, 64)))
     (made,) = compiled
     assert "fma.rn.f32" in made.asm["ptx"]
     assert ".local" not in made.asm["ptx"]
     # Threads exchange sums at the end only, of two inputs, and a few scales.
     assert made.asm["ptx"].count("shfl.sync") < 2 * 5 + 16
+
+
+def test_a_product_by_lanes_exchanges_nothing_before_its_end(compiled, monkeypatch):
+    from lib_qswap.quant import multiply_lanes
+
+    monkeypatch.setattr(multiply_lanes, "_places_bytes", lambda inputs: True)
+    for (name, lanes), tokens in itertools.product(multiply_lanes.LANES.items(), (1, 2)):
+        format = FORMATS[name]
+        packed = torch.empty((64, format.packed_bytes(512)), dtype=torch.uint8)
+        x, bias = torch.empty((tokens, 512), dtype=torch.bfloat16), torch.empty(64)
+        multiply = multiply_lanes.multiply_for(format, packed, x, 64)
+        assert multiply.args == (lanes, 2 // tokens)
+        multiply(format, packed, x, bias, torch.empty((tokens, 64)))
+        code = compiled.pop().asm["ptx"]
+        loop = code[code.rindex("ld.global", 0, code.index("shfl.sync")) :]
+        assert "bar.sync" not in code[: code.index("shfl.sync")]
+        assert ("prmt.b32" in code) == lanes.below_128
+        assert ".local" not in code
+        # Sums of 32 threads, of each token's rows.
+        assert loop.count("shfl.sync") == 5 * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["exact", "like Forge"])

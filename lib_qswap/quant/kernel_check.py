@@ -7,6 +7,7 @@ dtype and device: the one time that unpacking waits for a device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,14 +59,20 @@ def check_unpack(kernel: Any, format: Format, address: int, out: Tensor, dtype: 
         raise WrongValues
 
 
-def check_product(kernel: Any, format: Format, address: int, inputs: Tensor, bias: Tensor | None) -> None:
-    """Compares what `multiply_triton` makes of inputs and a bias like these; address: see `check_unpack`.
+def check_product(
+    multiply: Callable[[Format, Tensor, Tensor, Tensor | None, Tensor], None],
+    format: Format,
+    address: int,
+    inputs: Tensor,
+    bias: Tensor | None,
+) -> None:
+    """Compares what a product makes of inputs and a bias like these; address: see `check_unpack`.
+
+    multiply: as `multiply_triton.multiply` without its kernel.
 
     Raises:
         WrongValues: the results differ by more than rounding.
     """
-    from .multiply_triton import multiply
-
     count = _ROWS * _ROW_ELEMENTS // format.block_elements
     packed = _blocks(format, _CANDIDATES * count)
     values = _unpacked(format, packed, torch.float32, torch.float32)
@@ -80,7 +87,7 @@ def check_product(kernel: Any, format: Format, address: int, inputs: Tensor, bia
         added = added.to(inputs.device)
     out = inputs.new_empty((len(inputs), _ROWS))
     blocks = _at(address, packed[usable], inputs.device)
-    multiply(kernel, blocks, x.to(inputs.device), added, out, format.block_elements)
+    multiply(format, blocks, x.to(inputs.device), added, out)
     sizes = torch.nn.functional.linear(x.double().abs(), weight.abs())
     limits = torch.finfo(inputs.dtype)
     allowed = _TOLERANCE * sizes + limits.eps * (exact.abs() + limits.tiny)

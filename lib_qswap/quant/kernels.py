@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -34,6 +34,7 @@ _PRODUCT = "{} in products"
 
 _choice: Choice = "Auto"
 _given_up: set[tuple[str, str]] = set()
+_without_lanes: set[tuple[str, str]] = set()
 _checked: set[tuple[object, ...]] = set()
 _listener: Callable[[str], None] = logging.getLogger("qswap").warning
 
@@ -109,21 +110,40 @@ def product_with_triton(
     kernel = _kernel(format, inputs.device)
     if kernel is None or packed.data_ptr() % kernel.alignment or _given_up_product(format, inputs.device):
         return None
-    out = inputs.new_empty((inputs.shape[0], rows))
-    try:
-        from .multiply_triton import multiply
+    from . import multiply_lanes, multiply_triton
 
-        bias_dtype = None if bias is None else bias.dtype
-        key = (format.name, out.device, out.dtype, len(out), bias_dtype, packed.data_ptr() % 16 == 0)
-        if key not in _checked and not _is_captured(out.device):
-            kernel_check.check_product(kernel, format, packed.data_ptr() % 16, inputs, bias)
-            _checked.add(key)
-        multiply(kernel, packed, inputs, bias, out, format.block_elements)
+    where = (format.name, inputs.device.type)
+    faster = multiply_lanes.multiply_for(format, packed, inputs, rows)
+    if faster is not None and where not in _without_lanes:
+        try:
+            return _product(faster, format, packed, inputs, bias, rows)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            _without_lanes.add(where)
+            _say_once(f"{format.name}'s products are slower here than they could be ({_first_line(error)}).")
+    try:
+        multiply = partial(multiply_triton.multiply, kernel)
+        return _product(multiply, format, packed, inputs, bias, rows)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
         _give_up(_PRODUCT.format(format.name), inputs.device.type, error)
         return None
+
+
+def _product(
+    multiply: partial[None], format: Format, packed: Tensor, inputs: Tensor, bias: Tensor | None, rows: int
+) -> Tensor:
+    """multiply: of `multiply_triton` or `multiply_lanes`, with the type and how it goes about it."""
+    out = inputs.new_empty((inputs.shape[0], rows))
+    # What Triton compiles a kernel for.
+    how = multiply.func, multiply.args[1:], format.name, out.device, out.dtype, len(out)
+    key = (how, None if bias is None else bias.dtype, packed.data_ptr() % 16 == 0)
+    if key not in _checked and not _is_captured(out.device):
+        kernel_check.check_product(multiply, format, packed.data_ptr() % 16, inputs, bias)
+        _checked.add(key)
+    multiply(format, packed, inputs, bias, out)
     return out
 
 

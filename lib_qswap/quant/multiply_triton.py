@@ -8,13 +8,16 @@ four, Triton 3.6 compiles some types to code that gives wrong sums, and hardly a
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .unpack_triton import Kernel, compiled, on_device, store
+
+if TYPE_CHECKING:
+    from .formats import Format
 
 _STEP_ELEMENTS = 1024  # that a program takes at a time
 _WARPS = 1
@@ -103,10 +106,11 @@ def _launch(kernel: Kernel) -> Any:
 
 
 def multiply(
-    kernel: Kernel, packed: Tensor, inputs: Tensor, bias: Tensor | None, out: Tensor, block_elements: int
+    kernel: Kernel, format: Format, packed: Tensor, inputs: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
     """packed: uint8, whole blocks, rows of as many as inputs' rows have elements. inputs: (1 or 2, elements),
     out: (as many, rows), both fp32, fp16 or bf16; bias: (rows,) or None. All contiguous, on one device."""
+    block_elements = format.block_elements
     count, rows = out.shape
     with on_device(out.device):
         _launch(kernel)[(rows,)](
@@ -117,7 +121,7 @@ def multiply(
             out,
             rows,
             inputs.shape[1] // block_elements,
-            BLOCK_BYTES=packed.numel() * block_elements // (rows * inputs.shape[1]),
+            BLOCK_BYTES=format.block_bytes,
             BLOCK_ELEMENTS=block_elements,
             INPUTS=count,
             STEP=_STEP_ELEMENTS // block_elements,

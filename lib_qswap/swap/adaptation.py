@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 RELIEF_BYTES = 256 << 20
 """The least that residents give back where the computation ran out of memory."""
 
+CROWDED_STEPS = 2
+"""In so many steps in a row the allocator had to try again before residents give way: after a change it may
+have to once."""
+CROWDED_BYTES = 64 << 20
+CROWDED_SHARE = 32
+"""What they give back then, at least, and the budget over this."""
+
 NEED_MARGIN = 10
 NEED_MARGIN_BYTES = (512 if sys.platform == "win32" else 64) << 20
 """Left free beside what a step was seen to need: a tenth of it, and this. Windows moves memory of programs to
@@ -34,6 +41,8 @@ class Adaptation(AttachmentPart):
         super().__init__(model)
         self.profile = Profile(model.device)
         self._postponed = False
+        self._retries = 0
+        self._crowded_steps = 0
 
     def before_step(self, work: Work) -> bool:
         """A forward begins, of this `work`. Returns whether it is measured."""
@@ -49,6 +58,7 @@ class Adaptation(AttachmentPart):
         elif model.device.has_clock and not self.profile.is_in_use(work):
             self._replan(work)
         self._yield_to_others(work)
+        self._make_room()
         return measured
 
     def relieve(self, root: torch.nn.Module) -> bool:
@@ -112,10 +122,31 @@ class Adaptation(AttachmentPart):
             return
         floor = model.floor_bytes
         budget_bytes = max(floor, model.budget_bytes + room)
-        if budget_bytes >= model.budget_bytes:
+        if budget_bytes < model.budget_bytes:
+            self._give_back(budget_bytes, "device memory is short, and")
+
+    def _make_room(self) -> None:
+        """Gives residents back where the allocator waits for the device in every step because its free memory
+        is in pieces: on a full card a step then takes as long as its copies and its computation together."""
+        model = self._model
+        retries = model.device.allocation_retries()
+        # Before the first step of a run other models had the device.
+        crowded = retries > self._retries and model.run.index > 1
+        self._retries = retries
+        self._crowded_steps = self._crowded_steps + 1 if crowded else 0
+        if self._crowded_steps < CROWDED_STEPS or model.budget_bytes is None or not model.resident_bytes:
             return
+        self._crowded_steps = 0
+        freed = max(CROWDED_BYTES, model.budget_bytes // CROWDED_SHARE)
+        budget_bytes = max(model.floor_bytes, min(model.budget_bytes, model.whole_bytes) - freed)
+        if budget_bytes < model.budget_bytes:
+            self._give_back(budget_bytes, "steps wait for device memory:")
+
+    def _give_back(self, budget_bytes: int, reason: str) -> None:
+        model = self._model
+        assert model.budget_bytes is not None
         ledger.message(
-            f"{model.name}: device memory is short, and residents are given back for the computation: "
+            f"{model.name}: {reason} residents are given back for the computation: "
             f"{budget_bytes / 2**20:.0f} MB of weights are left on it."
         )
         model.grown_bytes = max(0, model.grown_bytes + budget_bytes - model.budget_bytes)

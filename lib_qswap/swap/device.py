@@ -168,6 +168,12 @@ class Device:
         """The most that tensors have taken at once. It is never set back here: others show it."""
         return self._module.max_memory_allocated(self.device)
 
+    def allocation_retries(self) -> int:
+        """How often torch's allocator found no room so far, waited for the device, gave back what it kept,
+        and tried again; 0 where it does not count."""
+        stats = getattr(self._module, "memory_stats_as_nested_dict", None)
+        return 0 if stats is None or self.is_host else stats(self.device).get("num_alloc_retries", 0)
+
     @property
     def _knows_peak(self) -> bool:
         return not self.is_host and hasattr(self._module, "max_memory_allocated")
