@@ -56,6 +56,14 @@ def half(bits, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def load_each(pointers):
+    """What they point to, in the same shape: neighbouring threads have neighbours in the last dimension."""
+    # In one dimension, and nothing is known of them any more: where several lie in a row, Triton would load
+    # them in one thread, and then send them to where they are needed.
+    return tl.reshape(tl.load(tl.reshape(pointers, (pointers.numel,))), pointers.shape)
+
+
+@triton.jit
 def word_at(halves):
     """uint32: four bytes at an even address, from pointers to uint16."""
     return tl.load(halves).to(tl.uint32) | (tl.load(halves + 1).to(tl.uint32) << 16)
@@ -139,8 +147,11 @@ def _unpack(
         store(out + blocks[:, None] * BLOCK_ELEMENTS + tl.arange(0, BLOCK_ELEMENTS)[None, :], values)
     else:
         stripe: tl.constexpr = BLOCK_ELEMENTS // STRIPES
-        element = tl.arange(0, STRIPES)[:, None, None] * stripe + tl.arange(0, stripe)[None, None, :]
-        store(out + (blocks * BLOCK_ELEMENTS)[None, :, None] + element, striped(values, STRIPES))
+        values = tl.reshape(striped(values, STRIPES), (STRIPES, TILE * stripe))
+        element = tl.arange(0, TILE * stripe)
+        blocks = tl.minimum(element // stripe, (count - 1 - first).to(tl.int32))
+        out += tl.arange(0, STRIPES)[:, None] * stripe + element[None, :] % stripe
+        store(out + (blocks * BLOCK_ELEMENTS)[None, :], values)
 
 
 def compiled(
