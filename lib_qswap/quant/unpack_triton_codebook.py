@@ -33,7 +33,7 @@ def _both(pairs):
 
 @triton.jit
 def _of_bytes(table, start, scales, TILE: tl.constexpr):
-    """From pointers (TILE, 1) to 16 bytes: fp32 (TILE, 4, 8), the low nibbles first. Of a block's scale, twice,
+    """From pointers (TILE, 1) to 16 bytes: fp32 (TILE, 4, 8), low nibbles first. Of a block's scale, twice,
     (TILE, 2): those of the four."""
     # A thread has 8 bytes, one after the other, and the scale.
     byte = tl.arange(0, 8)[:, None, None] + tl.arange(0, 2)[None, None, :] * 8

@@ -45,17 +45,19 @@ def _by_block(words, scales, TILE: tl.constexpr):
 
 
 @triton.jit
-def _with_signs(words, signs):
-    """Words of bytes 1 to 127, (4, TILE, 8, 2), signs int32 (4, TILE, 8): negative where a bit is set."""
-    minus = bits_to_bytes(_in_halves(signs, 4) & 15)
+def _with_signs(words, low, high):
+    """Words of bytes 1 to 127, (4, TILE, 8, 2), and 4 signs for each of the two, int32 (4, TILE, 8): negative
+    where a bit is set."""
+    minus = bits_to_bytes(tl.join(low, high).to(tl.uint32))
     return (words ^ (minus * 0xFF)) + minus
 
 
 @triton.jit
-def _eighth_sign(signs):
-    """7 stored bits and the eighth, which makes the number of set bits even."""
+def _with_seven_signs(words, signs):
+    """7 signs in the lowest bits; the eighth makes the number of set bits even."""
+    low, high = signs & 15, (signs >> 4) & 7
     # Bit n of 0x6996: whether the number of bits that are set in n is odd.
-    return signs | (((0x6996 << 7) >> ((signs ^ (signs >> 4)) & 15)) & 0x80)
+    return _with_signs(words, low, high | (((0x6996 << 3) >> (low ^ high)) & 8))
 
 
 @triton.jit
@@ -70,9 +72,15 @@ def _rows(grid: Grid, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _iq2(table, index, signs):
-    """Rows of 8, int32 (4, TILE, 8) each -> words (4, TILE, 8, 2)."""
-    return _with_signs(_in_halves(load_each(table + index), 32), signs)
+def _rows_of_8(table, index):
+    """int32 (4, TILE, 8) -> words (4, TILE, 8, 2)."""
+    return _in_halves(load_each(table + index), 32)
+
+
+@triton.jit
+def _rows_of_4(table, first, second):
+    """Two for each row of 8; int32 (4, TILE, 8) each -> words (4, TILE, 8, 2)."""
+    return tl.join(load_each(table + first), load_each(table + second)).to(tl.uint32)
 
 
 @kernel(alignment=2, table=partial(_rows, iq_grids.IQ2_XXS), stripes=4)
@@ -83,9 +91,9 @@ def IQ2_XXS(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     group = halves[None, :, None] + stripe * 8 + row // 4 * 4
     index = _numbers(start + 2 + stripe * 16 + row // 4 * 8 + row % 4)
     top = _numbers(group + 4)
-    signs = ((_numbers(group + 3) | (top << 16)) >> (row % 4 * 7)) & 127
+    signs = (_numbers(group + 3) | (top << 16)) >> (row % 4 * 7)
     scales = _odd(top, 12, 30) * (half(tl.load(halves), DTYPE) * 0.125)[None, :, None]
-    return _by_block(_iq2(table, index, _eighth_sign(signs)), scales, TILE)
+    return _by_block(_with_seven_signs(_rows_of_8(table, index), signs), scales, TILE)
 
 
 @triton.jit
@@ -103,7 +111,8 @@ def IQ2_XS(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     halves = packed.to(tl.pointer_type(tl.uint16)) + blocks * 37
     pairs = _numbers(halves[None, :, None] + 1 + stripe * 8 + row)
     scales = _iq2_scales(start + 66, half(tl.load(halves), DTYPE))
-    return _by_block(_iq2(table, pairs & 511, _eighth_sign(pairs >> 9)), scales, TILE)
+    words = _with_seven_signs(_rows_of_8(table, pairs & 511), pairs >> 9)
+    return _by_block(words, scales, TILE)
 
 
 @kernel(alignment=2, table=partial(_rows, iq_grids.IQ2_S), stripes=4)
@@ -114,16 +123,11 @@ def IQ2_S(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     index = _numbers(start + 2 + stripe * 8 + row) | (tops & 0x300)
     signs = _numbers(start + 34 + stripe * 8 + row)
     d = half(tl.load(packed.to(tl.pointer_type(tl.uint16)) + blocks * 41), DTYPE)
-    return _by_block(_iq2(table, index, signs), _iq2_scales(start + 74, d), TILE)
+    words = _with_signs(_rows_of_8(table, index), signs & 15, signs >> 4)
+    return _by_block(words, _iq2_scales(start + 74, d), TILE)
 
 
-@triton.jit
-def _iq3(table, low, high, signs):
-    """Rows of 4, int32 (4, TILE, 8) each, and signs for 8 -> words (4, TILE, 8, 2)."""
-    return _with_signs(tl.join(load_each(table + low), load_each(table + high)).to(tl.uint32), signs)
-
-
-@kernel(alignment=2, table=partial(_rows, iq_grids.IQ3_XXS), tile_elements=1024, warps=1, stripes=4)
+@kernel(alignment=2, table=partial(_rows, iq_grids.IQ3_XXS), stripes=4)
 def IQ3_XXS(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     stripe, row = _places()
     halves = packed.to(tl.pointer_type(tl.uint16)) + blocks * 49
@@ -131,23 +135,25 @@ def IQ3_XXS(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     group = start + stripe * 4 + row // 4 * 2
     pairs = _numbers(start + 1 + stripe * 8 + row)
     top = _numbers(group + 34)
-    signs = ((_numbers(group + 33) | (top << 16)) >> (row % 4 * 7)) & 127
+    signs = (_numbers(group + 33) | (top << 16)) >> (row % 4 * 7)
     scales = _odd(top, 12, 30) * (half(tl.load(halves), DTYPE) * 0.25)[None, :, None]
-    return _by_block(_iq3(table, pairs & 255, pairs >> 8, _eighth_sign(signs)), scales, TILE)
+    words = _with_seven_signs(_rows_of_4(table, pairs & 255, pairs >> 8), signs)
+    return _by_block(words, scales, TILE)
 
 
-@kernel(alignment=2, table=partial(_rows, iq_grids.IQ3_S), tile_elements=1024, warps=1, stripes=4)
+@kernel(alignment=2, table=partial(_rows, iq_grids.IQ3_S), stripes=4)
 def IQ3_S(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     stripe, row = _places()
     start = (packed + blocks * 110)[None, :, None]
     halves = packed.to(tl.pointer_type(tl.uint16)) + blocks * 55
     pairs = _numbers(halves[None, :, None] + 1 + stripe * 8 + row)
     tops = _numbers(start + 66 + stripe * 2 + row // 4) << (8 - row % 4 * 2)
-    low, high = (pairs & 255) | (tops & 256), (pairs >> 8) | ((tops >> 1) & 256)
+    first, second = (pairs & 255) | (tops & 256), (pairs >> 8) | ((tops >> 1) & 256)
     signs = _numbers(start + 74 + stripe * 8 + row)
     nibbles = _numbers(start + 106 + stripe + row // 8)
     scales = _odd(nibbles * 2, row // 4 * 4 + 1, 30) * half(tl.load(halves), DTYPE)[None, :, None]
-    return _by_block(_iq3(table, low, high, signs), scales, TILE)
+    words = _with_signs(_rows_of_4(table, first, second), signs & 15, signs >> 4)
+    return _by_block(words, scales, TILE)
 
 
 @lru_cache(maxsize=16)
@@ -183,7 +189,7 @@ def IQ1_S(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     return _by_block(_iq1(table, index, high >> 15), scales, TILE)
 
 
-@kernel(alignment=4, table=_iq1_codes, tile_elements=1024, warps=1, stripes=4)
+@kernel(alignment=4, table=_iq1_codes, stripes=4)
 def IQ1_M(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     stripe, row = _places()
     start = (packed + blocks * 56)[None, :, None]
