@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .unpack_triton import Kernel, compiled, on_device, store
+from .unpack_triton import Kernel, compiled, on_device, store, striped
 
 if TYPE_CHECKING:
     from .formats import Format
@@ -24,6 +24,7 @@ _WARPS = 1
 _RUN = tl.constexpr(8)  # elements whose products are added up before they are scaled, all of one group
 PARTS: Any = None  # as in unpack_triton
 OFFSETS: Any = None
+STRIPES: Any = None
 
 
 # Splitting keeps the elements of a run in one thread; a sum over an axis would go from thread to thread.
@@ -52,11 +53,12 @@ def _eight(sums, numbers, given):
 
 
 @triton.jit
-def _of_runs(groups, RUNS: tl.constexpr):
+def _of_runs(groups, RUNS: tl.constexpr, STRIPES: tl.constexpr):
     """A number for each group (blocks, groups) -> (RUNS,), that of each run's group."""
     each: tl.constexpr = RUNS // (groups.shape[0] * groups.shape[1])
     groups = tl.broadcast_to(groups[:, :, None], (groups.shape[0], groups.shape[1], each))
-    return tl.reshape(groups, (RUNS,))
+    groups = tl.reshape(groups, (groups.shape[0], groups.shape[1] * each))
+    return tl.reshape(striped(groups, STRIPES), (RUNS,))
 
 
 def _multiply(
@@ -76,7 +78,13 @@ def _multiply(
     row = tl.program_id(0)
     packed += row.to(tl.int64) * row_blocks * BLOCK_BYTES
     row_elements = row_blocks * BLOCK_ELEMENTS
-    element = tl.arange(0, RUNS)[None, :, None] * _RUN + tl.arange(0, _RUN)[None, None, :]
+    # Runs are numbered as the threads have them: by stripe, then block.
+    run = tl.arange(0, RUNS)
+    if STRIPES > 1:
+        stripe: tl.constexpr = BLOCK_ELEMENTS // STRIPES // _RUN
+        block = run // stripe % STEP
+        run = (block * STRIPES + run // (stripe * STEP)) * stripe + run % stripe
+    element = run[None, :, None] * _RUN + tl.arange(0, _RUN)[None, None, :]
     token = tl.arange(0, INPUTS)[:, None, None]
     sums = tl.zeros((INPUTS, RUNS), tl.float32)
     for start in range(0, row_blocks, STEP):
@@ -89,11 +97,12 @@ def _multiply(
             numbers, scales = PARTS(packed, table, blocks, STEP, tl.float32)
         else:
             numbers, scales, offsets = PARTS(packed, table, blocks, STEP, tl.float32)
-            sums += tl.sum(given, axis=2) * _of_runs(offsets * OFFSETS, RUNS)[None, :]
+            sums += tl.sum(given, axis=2) * _of_runs(offsets * OFFSETS, RUNS, STRIPES)[None, :]
+        numbers = striped(tl.reshape(numbers, (STEP, BLOCK_ELEMENTS)), STRIPES)
         numbers = tl.reshape(numbers, (1, RUNS, 2, 2, 2))
         given = tl.reshape(given, (INPUTS, RUNS, 2, 2, 2))
         products = _eight(tl.zeros((INPUTS, RUNS), tl.float32), numbers, given)
-        sums += products * _of_runs(scales, RUNS)[None, :]
+        sums += products * _of_runs(scales, RUNS, STRIPES)[None, :]
     products = tl.sum(sums, axis=1)
     if bias is not None:
         products += tl.load(bias + row).to(tl.float32)
@@ -102,7 +111,7 @@ def _multiply(
 
 @lru_cache(maxsize=64)
 def _launch(kernel: Kernel) -> Any:
-    return compiled(_multiply, kernel.parts, kernel.offsets, ["rows", "row_blocks"])
+    return compiled(_multiply, kernel.parts, kernel.offsets, kernel.stripes, ["rows", "row_blocks"])
 
 
 def multiply(

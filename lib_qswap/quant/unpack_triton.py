@@ -10,7 +10,8 @@ from packed; they may come more than once. It returns the numbers, fp32 (TILE, g
 the scales, fp32 (TILE, groups), and the offsets of a type that has them. A value is number * scale, with its
 offset added or taken off as gguf-py does it. DTYPE is fp32, or for Forge's arithmetic what a block's fp16
 scales are rounded to, and then every further result. Bytes are taken four at a time, as words, and so are
-their bits: `spread` comes last.
+their bits: `spread` comes last. The types with tables have all of an element in the thread that writes it
+(`load_each`, `Kernel.stripes`): to load something in several threads is less than to pass it on.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 PARTS: Any = None  # the function of a type, in the globals that `compiled` makes
 OFFSETS: Any = None  # its `Kernel.offsets`, likewise
+STRIPES: Any = None  # its `Kernel.stripes`
 # The interpreter cuts off what a conversion to bf16 should round, and small numbers as well.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -52,6 +54,14 @@ def rounded(values, DTYPE: tl.constexpr):
 def half(bits, DTYPE: tl.constexpr):
     """uint16 -> the fp16 numbers of these bits, rounded to DTYPE, as fp32."""
     return rounded(bits.to(tl.float16, bitcast=True).to(tl.float32), DTYPE)
+
+
+@triton.jit
+def load_each(pointers):
+    """What they point to, in the same shape: neighbouring threads have neighbours in the last dimension."""
+    # In one dimension, and nothing is known of them any more: where several lie in a row, Triton would load
+    # them in one thread, and then send them to where they are needed.
+    return tl.reshape(tl.load(tl.reshape(pointers, (pointers.numel,))), pointers.shape)
 
 
 @triton.jit
@@ -102,6 +112,13 @@ def store(pointers, values):
         tl.store(pointers, values.to(pointers.dtype.element_ty))
 
 
+@triton.jit
+def striped(values, STRIPES: tl.constexpr):
+    """(n, m) -> (STRIPES, n, m // STRIPES): the first stripe of every row, then the second."""
+    values = tl.reshape(values, (values.shape[0], STRIPES, values.shape[1] // STRIPES))
+    return tl.permute(values, (1, 0, 2))
+
+
 def _unpack(
     packed,
     table,
@@ -127,15 +144,26 @@ def _unpack(
         # Adding what is negated would give a NaN another sign.
         values = rounded(values + offsets if OFFSETS > 0 else values - offsets, DTYPE)
     values = tl.reshape(values, (TILE, BLOCK_ELEMENTS))
-    store(out + blocks[:, None] * BLOCK_ELEMENTS + tl.arange(0, BLOCK_ELEMENTS)[None, :], values)
+    if STRIPES == 1:
+        store(out + blocks[:, None] * BLOCK_ELEMENTS + tl.arange(0, BLOCK_ELEMENTS)[None, :], values)
+    else:
+        stripe: tl.constexpr = BLOCK_ELEMENTS // STRIPES
+        values = tl.reshape(striped(values, STRIPES), (STRIPES, TILE * stripe))
+        element = tl.arange(0, TILE * stripe)
+        blocks = tl.minimum(element // stripe, (count - 1 - first).to(tl.int32))
+        out += tl.arange(0, STRIPES)[:, None] * stripe + element[None, :] % stripe
+        store(out + (blocks * BLOCK_ELEMENTS)[None, :], values)
 
 
-def compiled(source: Callable[..., Any], parts: Any, offsets: int, do_not_specialize: list[str]) -> Any:
-    """`source`, a kernel that calls `PARTS`, for the type of `parts` and `offsets` (see `Kernel`).
+def compiled(
+    source: Callable[..., Any], parts: Any, offsets: int, stripes: int, do_not_specialize: list[str]
+) -> Any:
+    """`source`, a kernel that calls `PARTS`, for the type of `parts`, `offsets`, `stripes` (see `Kernel`).
 
     A function of its own, with globals of its own: older Tritons take no function as an argument.
     """
-    its_globals = {**source.__globals__, "PARTS": parts, "OFFSETS": tl.constexpr(offsets)}
+    of_type = {"PARTS": parts, "OFFSETS": tl.constexpr(offsets), "STRIPES": tl.constexpr(stripes)}
+    its_globals = {**source.__globals__, **of_type}
     own = types.FunctionType(source.__code__, its_globals, source.__name__)
     own.__annotations__, own.__module__ = source.__annotations__, source.__module__
     return triton.jit(own, do_not_specialize=do_not_specialize)
@@ -146,12 +174,15 @@ class Kernel:
     """How Triton unpacks one type.
 
     parts: the decorated function. offsets: 0 where it returns none, 1 where they are added, -1 where they are
-    taken off. launch: `_unpack` with it. alignment: of the packed bytes' address, in bytes. table: made once
-    for each device. tile_elements, warps: of a program; they are what measured best.
+    taken off. stripes: parts of a block; neighbouring threads have the elements of one, then that of the next
+    block, and each thread has some of every stripe. launch: `_unpack` with it. alignment: of the packed
+    bytes' address, in bytes. table: made once for each device. tile_elements, warps: of a program; they are
+    what measured best.
     """
 
     parts: Any
     offsets: int
+    stripes: int
     launch: Any
     alignment: int
     table: Callable[[torch.device], Tensor] | None
@@ -186,6 +217,7 @@ def kernel(
     *,
     alignment: int = 1,
     offsets: int = 0,
+    stripes: int = 1,
     table: Callable[[torch.device], Tensor] | None = None,
     tile_elements: int = 2048,
     warps: int = 2,
@@ -194,8 +226,8 @@ def kernel(
 
     def decorate(function: Callable[..., Any]) -> Kernel:
         parts = triton.jit(function)
-        launch = compiled(_unpack, parts, offsets, ["count"])
-        return Kernel(parts, offsets, launch, alignment, table, tile_elements, warps)
+        launch = compiled(_unpack, parts, offsets, stripes, ["count"])
+        return Kernel(parts, offsets, stripes, launch, alignment, table, tile_elements, warps)
 
     return decorate
 
