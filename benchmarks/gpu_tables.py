@@ -107,8 +107,9 @@ def _engine(suite: Row) -> list[str]:
 
 
 def _errors(suite: Row) -> list[str]:
-    """What was not measured, or not to the end."""
-    return [f"Not measured to the end: {name} ({error})." for name, error in suite.get("errors", {}).items()]
+    """What was not measured, or not to the end, and what somebody who was there has to say (`notes`)."""
+    errors = suite.get("errors", {}).items()
+    return [*(f"Not measured to the end: {name} ({error})." for name, error in errors), *suite.get("notes", ())]
 
 
 def _steps(case: Row) -> list[str]:

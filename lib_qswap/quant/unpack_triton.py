@@ -10,7 +10,7 @@ from packed; they may come more than once. It returns the numbers, fp32 (TILE, g
 the scales, fp32 (TILE, groups), and the offsets of a type that has them. A value is number * scale, with its
 offset added or taken off as gguf-py does it. DTYPE is fp32, or for Forge's arithmetic what a block's fp16
 scales are rounded to, and then every further result. Bytes are taken four at a time, as words, and so are
-their bits: `spread` comes last. The types with tables have all of an element in the thread that writes it
+their bits: `spread` comes last. The types with grids have all of an element in the thread that writes it
 (`load_each`, `Kernel.stripes`): to load something in several threads is less than to pass it on.
 """
 

@@ -18,10 +18,10 @@ RELIEF_BYTES = 256 << 20
 """The least that residents give back where the computation ran out of memory."""
 
 CROWDED_STEPS = 2
-"""In so many steps in a row the allocator had to try again before residents give way: after a change it may
-have to once."""
-CROWDED_BYTES = 64 << 20
-CROWDED_SHARE = 32
+"""In so many steps in a row the allocator had to try again before residents give way, the first time in a
+run: after a change it may have to once."""
+CROWDED_BYTES = 128 << 20
+CROWDED_SHARE = 16
 """What they give back then, at least, and the budget over this."""
 
 NEED_MARGIN = 10
@@ -43,6 +43,7 @@ class Adaptation(AttachmentPart):
         self._postponed = False
         self._retries = 0
         self._crowded_steps = 0
+        self._patience = CROWDED_STEPS
 
     def before_step(self, work: Work) -> bool:
         """A forward begins, of this `work`. Returns whether it is measured."""
@@ -130,13 +131,15 @@ class Adaptation(AttachmentPart):
         is in pieces: on a full card a step then takes as long as its copies and its computation together."""
         model = self._model
         retries = model.device.allocation_retries()
-        # Before the first step of a run other models had the device.
-        crowded = retries > self._retries and model.run.index > 1
+        if model.run.index <= 1:
+            # What there was before were other models' retries.
+            self._retries, self._crowded_steps, self._patience = retries, 0, CROWDED_STEPS
+        crowded = retries > self._retries
         self._retries = retries
         self._crowded_steps = self._crowded_steps + 1 if crowded else 0
-        if self._crowded_steps < CROWDED_STEPS or model.budget_bytes is None or not model.resident_bytes:
+        if self._crowded_steps < self._patience or model.budget_bytes is None or not model.resident_bytes:
             return
-        self._crowded_steps = 0
+        self._crowded_steps, self._patience = 0, 1
         freed = max(CROWDED_BYTES, model.budget_bytes // CROWDED_SHARE)
         budget_bytes = max(model.floor_bytes, min(model.budget_bytes, model.whole_bytes) - freed)
         if budget_bytes < model.budget_bytes:
