@@ -108,8 +108,9 @@ def _engine(suite: Row) -> list[str]:
 
 def _errors(suite: Row) -> list[str]:
     """What was not measured, or not to the end, and what somebody who was there has to say (`notes`)."""
-    errors = suite.get("errors", {}).items()
-    return [*(f"Not measured to the end: {name} ({error})." for name, error in errors), *suite.get("notes", ())]
+    errors = suite.get("errors", {})
+    lines = [f"Not measured to the end: {name} ({error})." for name, error in errors.items()]
+    return lines + suite.get("notes", [])
 
 
 def _steps(case: Row) -> list[str]:

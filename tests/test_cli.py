@@ -19,7 +19,7 @@ from lib_qswap.standalone.budget import Budget
 from lib_qswap.standalone.host import Settings, StandaloneHost
 from lib_qswap.standalone.measure import rss_bytes
 from lib_qswap.swap import home
-from lib_qswap.swap.copier import STAGING_BUFFER_BYTES, STAGING_BUFFERS
+from lib_qswap.swap.copier import STAGING_BUFFER_BYTES, staging_buffers
 
 ROOT = Path(__file__).resolve().parents[1]
 SUMMARY_KEYS = {
@@ -361,7 +361,7 @@ def test_bench_step_counts_device_peak_and_page_locked_bytes(tiny, sim, engine):
     }
     payload = rows["shared", 0]["swapped_bytes_per_step"]
     assert rows["shared", 0]["page_locked_bytes"] >= payload
-    assert rows["disk", 0]["page_locked_bytes"] == STAGING_BUFFERS * STAGING_BUFFER_BYTES
+    assert rows["disk", 0]["page_locked_bytes"] == staging_buffers() * STAGING_BUFFER_BYTES
     for location in ("shared", "disk"):
         least, most = rows[location, 0], rows[location, 1]
         assert most["peak_device_bytes"] - least["peak_device_bytes"] > payload / 2

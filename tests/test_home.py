@@ -97,7 +97,7 @@ def test_the_systems_own_limit_on_page_locking_is_a_step_down(sim, compute_mode,
         for half in (found[:6], found[-6:]):
             assert set(half) == {"shared", "cpu"}
         assert sim.stats()["registered_bytes"] == attachment.state.pin_budget.used_bytes <= 1_800_000
-        assert attachment.state.copier.staging_locked_bytes == copier.STAGING_BUFFERS * 4096
+        assert attachment.state.copier.staging_locked_bytes == copier.staging_buffers() * 4096
         for _ in range(2):
             assert torch.equal(sm.run(model, GPU), expected)
         masters = [layer.home for layer in attachment.layers]
@@ -223,7 +223,7 @@ def test_a_small_page_lock_budget_is_spread_over_the_order_of_execution(sim, mon
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(16))).requires_grad_(False)
     layer_bytes = 256 * 256 * 4 + 1024
-    limit = 8 * layer_bytes + copier.STAGING_BUFFERS * copier.STAGING_BUFFER_BYTES
+    limit = 8 * layer_bytes + copier.staging_buffers() * copier.STAGING_BUFFER_BYTES
     with attached(model, device=GPU, location="shared", budget_bytes=0, pin_budget_bytes=limit) as attachment:
         found = kinds(attachment)
         assert found.count("shared") == 8

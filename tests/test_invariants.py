@@ -360,11 +360,11 @@ def test_page_locked_bytes_never_exceed_their_budget(sim, tmp_path, monkeypatch,
     ):
         for _ in range(3):
             assert torch.equal(sm.run(model, GPU), expected)
-        assert attachment.state.copier.staging_locked_bytes == copier.STAGING_BUFFERS * (64 << 10)
+        assert attachment.state.copier.staging_locked_bytes == copier.staging_buffers() * (64 << 10)
         pinned = ledger.model_snapshot(attachment)["bytes"]["pinned"]
         assert pinned + attachment.state.copier.staging_locked_bytes == attachment.state.pin_budget.used_bytes
     assert sampler.pinned_peak <= limit
-    assert sampler.pinned_peak >= copier.STAGING_BUFFERS * copier.STAGING_BUFFER_BYTES
+    assert sampler.pinned_peak >= copier.staging_buffers() * copier.STAGING_BUFFER_BYTES
     if location in ("auto", "shared"):
         assert sampler.pinned_peak > 0.5 * limit
 

@@ -167,7 +167,7 @@ def test_what_fails_in_any_thread_is_an_error_of_its_piece_alone(threads):
 
 @pytest.mark.simgpu
 @pytest.mark.parametrize("location", ["cpu", "disk"])
-def test_several_threads_bring_the_right_bytes_through_smaller_buffers(sim, tmp_path, monkeypatch, location):
+def test_several_threads_bring_the_right_bytes_through_more_buffers(sim, tmp_path, monkeypatch, location):
     monkeypatch.setattr(copier, "STAGING_BUFFER_BYTES", 64 << 10)
     monkeypatch.setattr(reader, "available_cores", lambda: 8)
     monkeypatch.setattr(reader, "TRIAL_BYTES", 1 << 20)
@@ -183,8 +183,7 @@ def test_several_threads_bring_the_right_bytes_through_smaller_buffers(sim, tmp_
         attached(model, budget_bytes=0, arithmetic="exact", **options) as attachment,
     ):
         used = attachment.state.copier
-        assert len(used._staging) == copier.STAGING_BUFFERS
+        assert len(used._staging) == 2 * copier.STAGING_BUFFERS
         for _ in range(8):
             assert torch.equal(swap_models.run(model, "simgpu"), expected)
         assert used.reader.threads == 4
-        assert [buffer.numel() for buffer, _ in used._staging] == [32 << 10] * 8

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_qswap.quant.packed import PackedTensor
-from lib_qswap.swap.copier import staging_buffer_bytes
+from lib_qswap.swap.copier import STAGING_BUFFER_BYTES
 from lib_qswap.swap.reader import Reader, Reading, numbers_of_threads
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def read_bytes_per_s(layers: Sequence[Layer]) -> float | None:
 
 def _read_by(threads: int, layers: Sequence[Layer]) -> float:
     """Bytes per second, of the first gigabyte."""
-    buffers = torch.empty((2 * threads, staging_buffer_bytes(threads)), dtype=torch.uint8)
+    buffers = torch.empty((2 * threads, STAGING_BUFFER_BYTES), dtype=torch.uint8)
     reader = Reader(threads=threads)
     under_way: deque[Reading] = deque()
     nbytes, begun = 0, time.perf_counter()

@@ -21,7 +21,7 @@ from lib_qswap.swap import ledger
 from lib_qswap.swap.arena import HostBuffer, PinnedBlock
 from lib_qswap.swap.device import Device
 from lib_qswap.swap.home import PinBudget
-from lib_qswap.swap.reader import Failed, Reader, Reading
+from lib_qswap.swap.reader import Failed, Reader, Reading, numbers_of_threads
 from lib_qswap.swap.transfer import Events, Transfer
 
 STAGING_BUFFER_BYTES = 8 << 20
@@ -30,9 +30,9 @@ BEING_COPIED = 2
 """Buffers that the device reads while the others are filled."""
 
 
-def staging_buffer_bytes(threads: int) -> int:
-    """Of each, where so many threads read. Several fill twice as many buffers, of half the size."""
-    return STAGING_BUFFER_BYTES // (2 if threads > 1 else 1)
+def staging_buffers() -> int:
+    """How many there are: twice as many where several threads may read."""
+    return STAGING_BUFFERS * min(2, max(numbers_of_threads()))
 
 
 class Piece:
@@ -113,12 +113,13 @@ class Copier:
             self._thread.join()
             self._thread, self._queue = None, None
             self.reader.close()
-            self._split_staging(None)
-            self._staging_memory = None
+            for _, free in self._staging:
+                free.synchronize()
+            self._staging, self._staging_memory = [], None
             self.staging_locked_bytes = 0
 
     def _allocate_staging(self) -> None:
-        nbytes = STAGING_BUFFERS * STAGING_BUFFER_BYTES
+        nbytes = staging_buffers() * STAGING_BUFFER_BYTES
         with torch.inference_mode(False):
             memory = None
             if self._device.can_page_lock:
@@ -137,16 +138,8 @@ class Copier:
                 memory = torch.empty(nbytes, dtype=torch.uint8)
             self.staging_locked_bytes = nbytes if memory.is_pinned() else 0
             self._staging_memory = memory
-            self._split_staging(STAGING_BUFFER_BYTES)
-
-    def _split_staging(self, buffer_bytes: int | None) -> None:
-        """Makes buffers of this size of the staging memory, once the device has read it; None: none."""
-        for _, free in self._staging:
-            free.synchronize()
-        self._staging, self._next_staging = [], 0
-        if buffer_bytes is not None:
-            assert self._staging_memory is not None
-            for piece in self._staging_memory.split(buffer_bytes):
+            self._staging, self._next_staging = [], 0
+            for piece in memory.split(STAGING_BUFFER_BYTES):
                 free = self._device.new_event()
                 free.record(self.stream)
                 self._staging.append((piece, free))
@@ -241,18 +234,14 @@ class Copier:
             return
         start, end = 0, item.target.numel()
         try:
-            buffer_bytes = staging_buffer_bytes(self.reader.threads)
-            if buffer_bytes != self._staging[0][0].numel():
-                self._carry_out_all()
-                self._split_staging(buffer_bytes)
             while start < end:
-                target = item.target[start : start + buffer_bytes]
+                target = item.target[start : start + STAGING_BUFFER_BYTES]
                 buffer, free = self._staging[self._next_staging]
                 self._next_staging = (self._next_staging + 1) % len(self._staging)
                 free.synchronize()
                 reading = self.reader.begin(item.layer.home, buffer[: target.numel()], start)
-                yield Piece(item, target, reading, free, (start == 0, start + buffer_bytes >= end))
-                start += buffer_bytes
+                yield Piece(item, target, reading, free, (start == 0, start + STAGING_BUFFER_BYTES >= end))
+                start += STAGING_BUFFER_BYTES
         except Exception as error:
             yield Piece(item, item.target, Failed(error), None, (start == 0, True))
 
