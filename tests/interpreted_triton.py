@@ -176,7 +176,10 @@ def test_a_product_of_few_tokens_is_at_least_as_accurate_as_one_with_the_unpacke
         x = torch.randn((tokens, 1, elements), generator=generator).to(dtype)
         bias = torch.randn(rows, generator=generator)
         assert multiply.serves(weight, x)
+        by_lanes = multiply_lanes.multiply_for(weight.format, weight.packed, x.view(tokens, -1), rows)
+        assert (by_lanes is not None) == (name in multiply_lanes.LANES)
         values = multiply.product(weight, x, bias)
+        assert not kernels._without_lanes
         assert (values.shape, values.dtype) == ((tokens, 1, rows), dtype)
         exact = torch.nn.functional.linear(
             x.double(), weight.dequantize(torch.float32).double(), bias.double()
@@ -209,6 +212,103 @@ def test_a_product_that_is_wrong_in_one_row_is_left_to_torch(monkeypatch):
     assert multiply.product(weight, torch.ones(1, 512), None) is None
     assert not multiply.serves(weight, torch.ones(1, 512))
     assert "IQ4_NL in products" in told[0]
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What is said, of kernels of which nothing is known."""
+    told = []
+    monkeypatch.setattr(kernels, "_given_up", set())
+    monkeypatch.setattr(kernels, "_without_lanes", set())
+    monkeypatch.setattr(kernels, "_checked", set())
+    monkeypatch.setattr(kernels, "_listener", told.append)
+    kernels._say_once.cache_clear()
+    yield told
+    kernels._say_once.cache_clear()
+
+
+def test_a_product_by_lanes_that_is_wrong_is_made_by_the_kernel_of_every_type(told, monkeypatch):
+    original, calls = multiply_lanes.multiply, []
+
+    def wrong(lanes, at_once, format, packed, inputs, bias, out):
+        calls.append(at_once)
+        original(lanes, at_once, format, packed, inputs, bias, out)
+        out[:, 1] += 0.01 * out[:, 1].abs()
+
+    monkeypatch.setattr(multiply_lanes, "multiply", wrong)
+    weight, x = packed_weight("Q5_0", 4, 512), torch.ones(1, 512)
+    exact = torch.nn.functional.linear(x.double(), weight.dequantize(torch.float32).double())
+    for _ in range(2):
+        torch.testing.assert_close(multiply.product(weight, x, None).double(), exact, rtol=1e-5, atol=1e-4)
+    assert calls == [2], "it is not tried again"
+    assert multiply.serves(weight, x)
+    assert kernels.in_use("cpu") == "Triton"
+    (text,) = told
+    assert "Q5_0 is multiplied more slowly" in text
+
+
+def test_a_kernel_that_had_no_room_once_is_tried_again(told, monkeypatch):
+    original, calls = multiply_lanes.multiply, []
+
+    def full(*arguments):
+        calls.append(arguments[1])
+        if len(calls) == 1:
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+        original(*arguments)
+
+    monkeypatch.setattr(multiply_lanes, "multiply", full)
+    weight, x = packed_weight("Q4_K", 4, 512), torch.ones(1, 512)
+    values = [multiply.product(weight, x, None) for _ in range(2)]
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-4)
+    assert len(calls) == 3, "its check, the check again, and the product"
+    assert told == []
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q5_0", "Q4_1", "Q4_K", "Q2_K"])
+def test_rows_whose_words_lie_askew_are_left_to_the_kernel_of_every_type(name):
+    format = FORMATS[name]
+    for blocks, shift in ((3, 0), (2, 2)):
+        elements = blocks * format.block_elements
+        weight = packed_weight(name, 5, elements)
+        moved = torch.empty(weight.packed.numel() + shift, dtype=torch.uint8)[shift:]
+        moved = moved.view(5, -1).copy_(weight.packed.view(5, -1))
+        x = torch.randn((1, elements), generator=torch.Generator().manual_seed(0))
+        lanes = multiply_lanes.LANES[name]
+        askew = shift or format.packed_bytes(elements) % lanes.alignment
+        assert (multiply_lanes.multiply_for(format, moved, x, 5) is None) == bool(askew)
+        values = kernels.product_with_triton(format, moved, x, None, 5)
+        if shift % kernels.load(format).alignment:
+            assert values is None
+        else:
+            exact = torch.nn.functional.linear(x.double(), weight.dequantize(torch.float32).double())
+            torch.testing.assert_close(values.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", multiply_lanes.LANES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_inputs_among_small_ones_cost_a_product_no_accuracy(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = packed_weight(name, 64, 1024)
+    x = torch.randn((1, 1024), generator=generator) * 0.05
+    x[0, ::97] = 300
+    x = x.to(dtype)
+    exact_weight = weight.dequantize(torch.float32).double()
+    exact = torch.nn.functional.linear(x.double(), exact_weight)
+    unpacked = torch.nn.functional.linear(x.double(), weight.dequantize(dtype).double()).to(dtype)
+    terms = torch.nn.functional.linear(x.double().abs(), exact_weight.abs())
+    values = multiply.product(weight, x, None)
+    # Half of the last digit is the result's own.
+    error = (values.double() - exact).abs() - exact.abs() * torch.finfo(dtype).eps / 2
+    assert (error / terms).max() < 1e-6
+    assert (values - exact).abs().mean() <= (unpacked - exact).abs().mean()
+
+
+def test_inputs_and_biases_that_begin_anywhere_are_multiplied():
+    weight = packed_weight("Q4_K", 8, 512)
+    x = torch.randn(1 + 512, generator=torch.Generator().manual_seed(0))[1:].view(1, 512)
+    bias = torch.randn(8 + 1)[1:]
+    exact = torch.nn.functional.linear(x.double(), weight.dequantize(torch.float32).double(), bias.double())
+    torch.testing.assert_close(multiply.product(weight, x, bias).double(), exact, rtol=1e-5, atol=1e-4)
 
 
 @EVERY_TYPE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 from gguf_writer import Tensor, gguf_bytes
 
 from lib_qswap.quant.gguf_file import GGUFError
-from lib_qswap.swap import inventory
+from lib_qswap.swap import adaptation, inventory
 from lib_qswap.swap.device import device_of
 
 pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("engine")]
@@ -145,6 +146,28 @@ def test_what_forge_reserves_and_does_not_need_is_lent_to_residents(small_gpu):
     small_gpu.memory_management.load_models_gpu([patcher], memory_required=440 * MB)
     assert attachment.grown_bytes == 0
     assert attachment.device.memory_bytes()[0] >= 440 * MB
+
+
+@pytest.mark.parametrize("reserve_mb", [390, 440])
+def test_what_residents_gave_back_for_the_allocator_is_not_taken_for_the_next_image(
+    small_gpu, monkeypatch, reserve_mb
+):
+    monkeypatch.setattr(adaptation, "CROWDED_BYTES", 8 * MB)
+    patcher = patcher_of(small_gpu)
+    sample(small_gpu, patcher, image_mb=10, reserve_mb=reserve_mb)
+    attachment = small_gpu.qswap("managed").attachment_of(patcher.model)
+    had = attachment.budget_bytes
+    # Read before and after each forward: there are retries in the first two.
+    counts = itertools.chain([0, 1, 1, 2], itertools.repeat(2))
+    monkeypatch.setattr(attachment.device, "allocation_retries", lambda: next(counts))
+    sample(small_gpu, patcher, image_mb=10, reserve_mb=reserve_mb)
+    given = attachment.crowded_bytes
+    assert given >= 8 * MB
+    for _ in range(2):
+        assert attachment.budget_bytes <= had - given
+        assert attachment.resident_bytes > 0
+        sample(small_gpu, patcher, image_mb=10, reserve_mb=reserve_mb)
+    assert attachment.crowded_bytes == given
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import ggml_blocks
 import pytest
 import torch
 
-from lib_qswap.quant import kernels, multiply
+from lib_qswap.quant import kernels, multiply, multiply_lanes
 from lib_qswap.quant.formats import FORMATS
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.quant.unpack import unpack, unpack_with_torch
@@ -123,7 +123,11 @@ def test_a_compiled_product_is_at_least_as_accurate_as_one_with_the_unpacked_wei
     x = torch.randn((tokens, elements), generator=generator).bfloat16().to(GPU)
     bias = torch.randn(rows, generator=generator).to(GPU)
     assert multiply.serves(weight, x)
+    by_lanes = multiply_lanes.multiply_for(format, packed, x, rows)
+    assert (by_lanes is not None) == (format.name in multiply_lanes.LANES)
     values = multiply.product(weight, x, bias)
+    assert not kernels._without_lanes
+    assert not kernels._given_up
     exact = torch.nn.functional.linear(x.double(), weight.dequantize(torch.float32).double(), bias.double())
     unpacked = torch.nn.functional.linear(x, weight.dequantize(), bias.bfloat16())
     assert (values - exact).abs().max() <= (unpacked - exact).abs().max()

@@ -34,7 +34,7 @@ _PRODUCT = "{} in products"
 
 _choice: Choice = "Auto"
 _given_up: set[tuple[str, str]] = set()
-_without_lanes: set[tuple[str, str]] = set()
+_without_lanes: set[tuple[object, ...]] = set()
 _checked: set[tuple[object, ...]] = set()
 _listener: Callable[[str], None] = logging.getLogger("qswap").warning
 
@@ -110,19 +110,14 @@ def product_with_triton(
     kernel = _kernel(format, inputs.device)
     if kernel is None or packed.data_ptr() % kernel.alignment or _given_up_product(format, inputs.device):
         return None
-    from . import multiply_lanes, multiply_triton
-
-    where = (format.name, inputs.device.type)
-    faster = multiply_lanes.multiply_for(format, packed, inputs, rows)
-    if faster is not None and where not in _without_lanes:
-        try:
-            return _product(faster, format, packed, inputs, bias, rows)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as error:
-            _without_lanes.add(where)
-            _say_once(f"{format.name}'s products are slower here than they could be ({_first_line(error)}).")
     try:
+        from . import multiply_lanes, multiply_triton
+
+        faster = multiply_lanes.multiply_for(format, packed, inputs, rows)
+        if faster is not None and _variant(faster, format, inputs) not in _without_lanes:
+            out = _product_by_lanes(faster, format, packed, inputs, bias, rows)
+            if out is not None:
+                return out
         multiply = partial(multiply_triton.multiply, kernel)
         return _product(multiply, format, packed, inputs, bias, rows)
     except torch.cuda.OutOfMemoryError:
@@ -132,19 +127,47 @@ def product_with_triton(
         return None
 
 
+def _product_by_lanes(
+    multiply: partial[None], format: Format, packed: Tensor, inputs: Tensor, bias: Tensor | None, rows: int
+) -> Tensor | None:
+    """None where it fails: the kernel that serves every type takes its place."""
+    try:
+        return _product(multiply, format, packed, inputs, bias, rows)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if "out of memory" not in str(error).lower():  # of a driver that has no room for a kernel
+            _without_lanes.add(_variant(multiply, format, inputs))
+            _say_once(
+                f"{format.name} is multiplied more slowly here than it could be ({_first_line(error)})."
+                " Another version of Triton may do better."
+            )
+        return None
+
+
+def _variant(multiply: partial[None], format: Format, inputs: Tensor) -> tuple[object, ...]:
+    """What Triton compiles a product for, but for addresses."""
+    return multiply.func, multiply.args[1:], format.name, inputs.device, inputs.dtype, len(inputs)
+
+
 def _product(
     multiply: partial[None], format: Format, packed: Tensor, inputs: Tensor, bias: Tensor | None, rows: int
 ) -> Tensor:
     """multiply: of `multiply_triton` or `multiply_lanes`, with the type and how it goes about it."""
     out = inputs.new_empty((inputs.shape[0], rows))
-    # What Triton compiles a kernel for.
-    how = multiply.func, multiply.args[1:], format.name, out.device, out.dtype, len(out)
-    key = (how, None if bias is None else bias.dtype, packed.data_ptr() % 16 == 0)
+    # Triton compiles once more for addresses that are no multiple of 16; `packed` alone may have such.
+    inputs, bias = _aligned(inputs), None if bias is None else _aligned(bias)
+    variant, aligned = _variant(multiply, format, inputs), packed.data_ptr() % 16 == 0
+    key = (variant, None if bias is None else bias.dtype, aligned)
     if key not in _checked and not _is_captured(out.device):
         kernel_check.check_product(multiply, format, packed.data_ptr() % 16, inputs, bias)
         _checked.add(key)
     multiply(format, packed, inputs, bias, out)
     return out
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _is_captured(device: torch.device) -> bool:

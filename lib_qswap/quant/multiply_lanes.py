@@ -1,20 +1,28 @@
 """One or two inputs times a packed weight, for the types that most weights have, faster than what
 `multiply_triton` makes of every type's numbers.
 
-A GPU with fast memory has five or six instructions for each weight of four bits that it can read meanwhile.
+A GPU with fast memory can issue five or six instructions in the time in which it reads a weight of four bits.
 So every thread has 32 elements of a block for itself, in four runs of eight: their bytes stay in the words
 that they were loaded in, numbers and inputs meet in registers, and nothing goes from thread to thread before
 the end. A few rows share the inputs, which are converted and added up once for all of them.
 
-A type has one function, `Name(packed, block, part)`: packed are pointers (threads,) to the first byte of a
-row, block (threads,) the number of a block in it, part (threads,) which 32 elements of the block. It returns
-eight words, uint32 (threads,), whose bytes are the numbers of the four runs, two words each; as many scales
-as `Lanes.groups`, and as many offsets, fp32 (threads,). A value is number * scale - offset. Layouts:
-`unpack_k`, `unpack_legacy`.
+Integers are converted to fp32 at a fraction of the rate of other instructions. Where inputs are in half
+precision, numbers below 2^b are placed in the mantissa of 2^b instead, which makes them 2^b + the number, and
+sums begin with as much less. They are a few times less accurate then, as far as fp32 goes. b is odd: 2^b then
+has no bit in the byte of its mantissa that numbers are placed in.
+
+A type has one function, `Name(packed, block, part, UP)`: packed are pointers (threads,) to the first byte of
+a row, block (threads,) the number of a block in it, part (threads,) which 32 elements of the block. It
+returns eight words, uint32 (threads,), whose bytes are the numbers of the four runs, two words each, from bit
+UP of the byte on; as many scales as `Lanes.groups`, and as many offsets, fp32 (threads,). A value is number *
+scale - offset. Layouts: `unpack_k`, `unpack_legacy`.
+
+Offsets are multiplied by sums of inputs, so that an infinite input makes all results NaN that depend on it.
 """
 
 from __future__ import annotations
 
+import os
 import types
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -34,7 +42,9 @@ _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _OLDEST = (3, 3)  # that passes tuples on from one jitted function to another
 _WARPS = 2
 _MANY_ROWS = 8192
-_NIBBLES = tl.constexpr(0x0F0F0F0F)
+_EVERY_BYTE = tl.constexpr(0x01010101)
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_EMULATED = tl.constexpr(_INTERPRETED)
 WORDS: Any = None  # of `Lanes`, in the globals that `_launch` makes
 START: Any = None
 
@@ -51,6 +61,13 @@ def _four(words):
 @triton.jit
 def _byte(word, POSITION: tl.constexpr):
     return ((word >> (8 * POSITION)) & 255).to(tl.float32)
+
+
+@triton.jit
+def _bits(word, FROM: tl.constexpr, TO: tl.constexpr, MASK: tl.constexpr):
+    """Of every byte the bits from FROM on, as many as MASK has, from bit TO on."""
+    moved = word >> (FROM - TO) if FROM > TO else word << (TO - FROM)
+    return moved & ((MASK << TO) * _EVERY_BYTE)
 
 
 @triton.jit
@@ -88,36 +105,36 @@ def _two_groups(start, part):
 
 
 @triton.jit
-def Q4_K(packed, block, part):
+def Q4_K(packed, block, part, UP: tl.constexpr):
     start = packed + block * 144
     words = (start + 16 + part * 16).to(tl.pointer_type(tl.uint32))
     a, b, c, d = _four(tl.load(words[:, None] + tl.arange(0, 4)[None, :]))
     scales, minima = _two_groups(start, part)
     return (
-        a & _NIBBLES, b & _NIBBLES, c & _NIBBLES, d & _NIBBLES,
-        (a >> 4) & _NIBBLES, (b >> 4) & _NIBBLES, (c >> 4) & _NIBBLES, (d >> 4) & _NIBBLES,
+        _bits(a, 0, UP, 15), _bits(b, 0, UP, 15), _bits(c, 0, UP, 15), _bits(d, 0, UP, 15),
+        _bits(a, 4, UP, 15), _bits(b, 4, UP, 15), _bits(c, 4, UP, 15), _bits(d, 4, UP, 15),
     ), scales, minima  # fmt: skip
 
 
 @triton.jit
-def _fifth(word, high):
+def _fifth(word, high, UP: tl.constexpr):
     """A word's low and high nibbles, with the lowest two bits of every byte of high above them."""
-    low = (word & _NIBBLES) | ((high << 4) & 0x10101010)
-    return low, ((word >> 4) & _NIBBLES) | ((high << 3) & 0x10101010)
+    low = _bits(word, 0, UP, 15) | _bits(high, 0, UP + 4, 1)
+    return low, _bits(word, 4, UP, 15) | _bits(high, 1, UP + 4, 1)
 
 
 @triton.jit
-def Q5_K(packed, block, part):
+def Q5_K(packed, block, part, UP: tl.constexpr):
     start = packed + block * 176
     words = (start + 48 + part * 16).to(tl.pointer_type(tl.uint32))
     a, b, c, d = _four(tl.load(words[:, None] + tl.arange(0, 4)[None, :]))
     high = (start + 16 + part % 2 * 16).to(tl.pointer_type(tl.uint32))
     high = tl.load(high[:, None] + tl.arange(0, 4)[None, :])
     w, x, y, z = _four(high >> (part // 2 * 2)[:, None].to(tl.uint32))
-    a, e = _fifth(a, w)
-    b, f = _fifth(b, x)
-    c, g = _fifth(c, y)
-    d, h = _fifth(d, z)
+    a, e = _fifth(a, w, UP)
+    b, f = _fifth(b, x, UP)
+    c, g = _fifth(c, y, UP)
+    d, h = _fifth(d, z, UP)
     scales, minima = _two_groups(start, part)
     return (a, b, c, d, e, f, g, h), scales, minima
 
@@ -129,7 +146,13 @@ def _from_halves(part):
 
 
 @triton.jit
-def Q6_K(packed, block, part):
+def _sixth(word, LOW: tl.constexpr, high, HIGH: tl.constexpr, UP: tl.constexpr):
+    """Nibbles of a word, from bit LOW on, with two bits of every byte of high, from bit HIGH on, above."""
+    return _bits(word, LOW, UP, 15) | _bits(high, HIGH, UP + 4, 3)
+
+
+@triton.jit
+def Q6_K(packed, block, part, UP: tl.constexpr):
     start = packed + block * 210
     halves = (start + part // 4 * 64 + part % 4 * 8).to(tl.pointer_type(tl.uint16))
     a, b, c, d = _word(halves), _word(halves + 2), _word(halves + 16), _word(halves + 18)
@@ -140,15 +163,13 @@ def Q6_K(packed, block, part):
     s, t = signed(tl.load(small)) * scale, signed(tl.load(small + 2)) * scale
     u, v = signed(tl.load(small + 4)) * scale, signed(tl.load(small + 6)) * scale
     return (
-        (a & _NIBBLES) | ((x << 4) & 0x30303030), (b & _NIBBLES) | ((y << 4) & 0x30303030),
-        (c & _NIBBLES) | ((x << 2) & 0x30303030), (d & _NIBBLES) | ((y << 2) & 0x30303030),
-        ((a >> 4) & _NIBBLES) | (x & 0x30303030), ((b >> 4) & _NIBBLES) | (y & 0x30303030),
-        ((c >> 4) & _NIBBLES) | ((x >> 2) & 0x30303030), ((d >> 4) & _NIBBLES) | ((y >> 2) & 0x30303030),
+        _sixth(a, 0, x, 0, UP), _sixth(b, 0, y, 0, UP), _sixth(c, 0, x, 2, UP), _sixth(d, 0, y, 2, UP),
+        _sixth(a, 4, x, 4, UP), _sixth(b, 4, y, 4, UP), _sixth(c, 4, x, 6, UP), _sixth(d, 4, y, 6, UP),
     ), (s, t, u, v), (s * 32, t * 32, u * 32, v * 32)  # fmt: skip
 
 
 @triton.jit
-def Q2_K(packed, block, part):
+def Q2_K(packed, block, part, UP: tl.constexpr):
     start = packed + block * 84
     words = (start + 16 + part * 8).to(tl.pointer_type(tl.uint32))
     a, b = tl.load(words), tl.load(words + 1)
@@ -158,10 +179,9 @@ def Q2_K(packed, block, part):
     small = (start + part // 4 * 8).to(tl.pointer_type(tl.uint32))
     shift = (part % 4 // 2 * 8).to(tl.uint32)
     x, y = tl.load(small) >> shift, tl.load(small + 1) >> shift
-    pairs: tl.constexpr = 0x03030303
     return (
-        a & pairs, b & pairs, (a >> 2) & pairs, (b >> 2) & pairs,
-        (a >> 4) & pairs, (b >> 4) & pairs, (a >> 6) & pairs, (b >> 6) & pairs,
+        _bits(a, 0, UP, 3), _bits(b, 0, UP, 3), _bits(a, 2, UP, 3), _bits(b, 2, UP, 3),
+        _bits(a, 4, UP, 3), _bits(b, 4, UP, 3), _bits(a, 6, UP, 3), _bits(b, 6, UP, 3),
     ), (
         (x & 15).to(tl.float32) * d, ((x >> 16) & 15).to(tl.float32) * d,
         (y & 15).to(tl.float32) * d, ((y >> 16) & 15).to(tl.float32) * d,
@@ -172,13 +192,13 @@ def Q2_K(packed, block, part):
 
 
 @triton.jit
-def _third(pair, bits):
-    """Words of pairs of bits, with the lowest bit of every byte of bits above them."""
-    return (pair & 0x03030303) | ((bits << 2) & 0x04040404)
+def _third(word, bits, RUN: tl.constexpr, UP: tl.constexpr):
+    """The pairs of bits of a word that are a run's, with a bit of every byte of bits above them."""
+    return _bits(word, 2 * RUN, UP, 3) | _bits(bits, RUN, UP + 2, 1)
 
 
 @triton.jit
-def Q3_K(packed, block, part):
+def Q3_K(packed, block, part, UP: tl.constexpr):
     start = packed + block * 110
     halves = (start + 32 + part * 8).to(tl.pointer_type(tl.uint16))
     a, b = _word(halves), _word(halves + 2)
@@ -198,8 +218,8 @@ def Q3_K(packed, block, part):
     u = (((second & 15) | (((top >> 2) & 3) << 4)).to(tl.float32) - 32) * scale
     v = ((((second >> 16) & 15) | (((top >> 18) & 3) << 4)).to(tl.float32) - 32) * scale
     return (
-        _third(a, x), _third(b, y), _third(a >> 2, x >> 1), _third(b >> 2, y >> 1),
-        _third(a >> 4, x >> 2), _third(b >> 4, y >> 2), _third(a >> 6, x >> 3), _third(b >> 6, y >> 3),
+        _third(a, x, 0, UP), _third(b, y, 0, UP), _third(a, x, 1, UP), _third(b, y, 1, UP),
+        _third(a, x, 2, UP), _third(b, y, 2, UP), _third(a, x, 3, UP), _third(b, y, 3, UP),
     ), (s, t, u, v), (s * 4, t * 4, u * 4, v * 4)  # fmt: skip
 
 
@@ -231,7 +251,7 @@ def _scale(odd, word):
 
 
 @triton.jit
-def Q8_0(packed, block, part):
+def Q8_0(packed, block, part, UP: tl.constexpr):
     words, odd = _paired(packed, block, 8)
     a, b, c, d = tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
     e, f, g, h = tl.load(words + 4), tl.load(words + 5), tl.load(words + 6), tl.load(words + 7)
@@ -247,7 +267,7 @@ def Q8_0(packed, block, part):
 
 
 @triton.jit
-def Q4_0(packed, block, part):
+def Q4_0(packed, block, part, UP: tl.constexpr):
     words, odd = _paired(packed, block, 4)
     a, b, c, d = tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
     s = _scale(odd, a)
@@ -255,32 +275,33 @@ def Q4_0(packed, block, part):
     e = tl.load(words + 4)
     a, b, c, d = _moved(odd, a, b), _moved(odd, b, c), _moved(odd, c, d), _moved(odd, d, e)
     return (
-        a & _NIBBLES, b & _NIBBLES, c & _NIBBLES, d & _NIBBLES,
-        (a >> 4) & _NIBBLES, (b >> 4) & _NIBBLES, (c >> 4) & _NIBBLES, (d >> 4) & _NIBBLES,
+        _bits(a, 0, UP, 15), _bits(b, 0, UP, 15), _bits(c, 0, UP, 15), _bits(d, 0, UP, 15),
+        _bits(a, 4, UP, 15), _bits(b, 4, UP, 15), _bits(c, 4, UP, 15), _bits(d, 4, UP, 15),
     ), (s,), (o,)  # fmt: skip
 
 
 @triton.jit
-def Q4_1(packed, block, part):
+def Q4_1(packed, block, part, UP: tl.constexpr):
     words = packed.to(tl.pointer_type(tl.uint32)) + block * 5
     both = tl.load(words)
     a, b, c, d = tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4)
     s, o = _as_half(both), -_as_half(both >> 16)
     return (
-        a & _NIBBLES, b & _NIBBLES, c & _NIBBLES, d & _NIBBLES,
-        (a >> 4) & _NIBBLES, (b >> 4) & _NIBBLES, (c >> 4) & _NIBBLES, (d >> 4) & _NIBBLES,
+        _bits(a, 0, UP, 15), _bits(b, 0, UP, 15), _bits(c, 0, UP, 15), _bits(d, 0, UP, 15),
+        _bits(a, 4, UP, 15), _bits(b, 4, UP, 15), _bits(c, 4, UP, 15), _bits(d, 4, UP, 15),
     ), (s,), (o,)  # fmt: skip
 
 
 @triton.jit
-def _with_bits(words, bits, POSITION: tl.constexpr):
-    """words of nibbles, with four of the bits, lowest first, above them."""
+def _with_bits(word, LOW: tl.constexpr, bits, POSITION: tl.constexpr, UP: tl.constexpr):
+    """Nibbles of a word, from bit LOW on, with four of the bits, lowest first, above them."""
     # The product has bit j at bit 8 * j.
-    return words | (((((bits >> POSITION) & 15) * 0x00204081) & 0x01010101) << 4)
+    fifth = (((bits >> POSITION) & 15) * 0x00204081) & _EVERY_BYTE
+    return _bits(word, LOW, UP, 15) | (fifth << (UP + 4))
 
 
 @triton.jit
-def Q5_0(packed, block, part):
+def Q5_0(packed, block, part, UP: tl.constexpr):
     words, odd = _paired(packed, block, 5)
     a, b, c = tl.load(words), tl.load(words + 1), tl.load(words + 2)
     s = _scale(odd, a)
@@ -289,24 +310,24 @@ def Q5_0(packed, block, part):
     a, b, c, d = _moved(odd, b, c), _moved(odd, c, d), _moved(odd, d, e), _moved(odd, e, f)
     o = s * 16
     return (
-        _with_bits(a & _NIBBLES, bits, 0), _with_bits(b & _NIBBLES, bits, 4),
-        _with_bits(c & _NIBBLES, bits, 8), _with_bits(d & _NIBBLES, bits, 12),
-        _with_bits((a >> 4) & _NIBBLES, bits, 16), _with_bits((b >> 4) & _NIBBLES, bits, 20),
-        _with_bits((c >> 4) & _NIBBLES, bits, 24), _with_bits((d >> 4) & _NIBBLES, bits, 28),
+        _with_bits(a, 0, bits, 0, UP), _with_bits(b, 0, bits, 4, UP),
+        _with_bits(c, 0, bits, 8, UP), _with_bits(d, 0, bits, 12, UP),
+        _with_bits(a, 4, bits, 16, UP), _with_bits(b, 4, bits, 20, UP),
+        _with_bits(c, 4, bits, 24, UP), _with_bits(d, 4, bits, 28, UP),
     ), (s,), (o,)  # fmt: skip
 
 
 @triton.jit
-def Q5_1(packed, block, part):
+def Q5_1(packed, block, part, UP: tl.constexpr):
     words = packed.to(tl.pointer_type(tl.uint32)) + block * 6
     both, bits = tl.load(words), tl.load(words + 1)
     a, b, c, d = tl.load(words + 2), tl.load(words + 3), tl.load(words + 4), tl.load(words + 5)
     s, o = _as_half(both), -_as_half(both >> 16)
     return (
-        _with_bits(a & _NIBBLES, bits, 0), _with_bits(b & _NIBBLES, bits, 4),
-        _with_bits(c & _NIBBLES, bits, 8), _with_bits(d & _NIBBLES, bits, 12),
-        _with_bits((a >> 4) & _NIBBLES, bits, 16), _with_bits((b >> 4) & _NIBBLES, bits, 20),
-        _with_bits((c >> 4) & _NIBBLES, bits, 24), _with_bits((d >> 4) & _NIBBLES, bits, 28),
+        _with_bits(a, 0, bits, 0, UP), _with_bits(b, 0, bits, 4, UP),
+        _with_bits(c, 0, bits, 8, UP), _with_bits(d, 0, bits, 12, UP),
+        _with_bits(a, 4, bits, 16, UP), _with_bits(b, 4, bits, 20, UP),
+        _with_bits(c, 4, bits, 24, UP), _with_bits(d, 4, bits, 28, UP),
     ), (s,), (o,)  # fmt: skip
 
 
@@ -315,29 +336,29 @@ class Lanes:
     """How the threads of a type go through its blocks.
 
     words: the type's function. start: the jitted function that tells where a part's first run begins in the
-    block. groups: how many scales its four runs have, 1, 2 or 4. runs: where the other runs begin, counted
-    from the first. alignment: of every row's address, in bytes. below_128: whether all numbers are.
+    block. bits: of a number. groups: how many scales a part's four runs have, 1, 2 or 4. runs: where the
+    other runs begin, counted from the first. alignment: of every row's address, in bytes.
     """
 
     words: Any
     start: Any
+    bits: int
     groups: int
     runs: tuple[int, int, int]
     alignment: int = 4
-    below_128: bool = True
 
 
 LANES = {
-    "Q4_K": Lanes(Q4_K, _from_chunks, 2, (8, 32, 40)),
-    "Q5_K": Lanes(Q5_K, _from_chunks, 2, (8, 32, 40)),
-    "Q6_K": Lanes(Q6_K, _from_halves, 4, (32, 64, 96), alignment=2),
-    "Q2_K": Lanes(Q2_K, _from_halves, 4, (32, 64, 96)),
-    "Q3_K": Lanes(Q3_K, _from_halves, 4, (32, 64, 96), alignment=2),
-    "Q8_0": Lanes(Q8_0, _from_block, 1, (8, 16, 24), below_128=False),
-    "Q4_0": Lanes(Q4_0, _from_block, 1, (8, 16, 24)),
-    "Q4_1": Lanes(Q4_1, _from_block, 1, (8, 16, 24)),
-    "Q5_0": Lanes(Q5_0, _from_block, 1, (8, 16, 24)),
-    "Q5_1": Lanes(Q5_1, _from_block, 1, (8, 16, 24)),
+    "Q4_K": Lanes(Q4_K, _from_chunks, 4, 2, (8, 32, 40)),
+    "Q5_K": Lanes(Q5_K, _from_chunks, 5, 2, (8, 32, 40)),
+    "Q6_K": Lanes(Q6_K, _from_halves, 6, 4, (32, 64, 96), alignment=2),
+    "Q2_K": Lanes(Q2_K, _from_halves, 2, 4, (32, 64, 96)),
+    "Q3_K": Lanes(Q3_K, _from_halves, 3, 4, (32, 64, 96), alignment=2),
+    "Q8_0": Lanes(Q8_0, _from_block, 8, 1, (8, 16, 24)),
+    "Q4_0": Lanes(Q4_0, _from_block, 4, 1, (8, 16, 24)),
+    "Q4_1": Lanes(Q4_1, _from_block, 4, 1, (8, 16, 24)),
+    "Q5_0": Lanes(Q5_0, _from_block, 5, 1, (8, 16, 24)),
+    "Q5_1": Lanes(Q5_1, _from_block, 5, 1, (8, 16, 24)),
 }
 
 
@@ -358,33 +379,46 @@ def _total(run):
 
 
 @triton.jit
+def _placed(word, POSITION: tl.constexpr, EXPONENT: tl.constexpr):
+    """What the instructions of `_bytes_times` make of a byte."""
+    byte = (word >> (8 * POSITION)) & 255
+    return ((byte << 16) | (EXPONENT << 24)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _bytes_times(sums, word, a, b, c, d, PLACED: tl.constexpr):
-    """sums + the four bytes of word times a to d."""
-    if PLACED:
-        # A byte below 128 in the middle of the fp32 number 128 is 128 + the byte.
-        sums = tl.inline_asm_elementwise(
-            """{
-            .reg .f32 number, sum;
-            prmt.b32 number, $2, 0x43000000, 0x7044;
-            fma.rn.f32 sum, number, $3, $1;
-            prmt.b32 number, $2, 0x43000000, 0x7144;
-            fma.rn.f32 sum, number, $4, sum;
-            prmt.b32 number, $2, 0x43000000, 0x7244;
-            fma.rn.f32 sum, number, $5, sum;
-            prmt.b32 number, $2, 0x43000000, 0x7344;
-            fma.rn.f32 $0, number, $6, sum;
-            }""",
-            "=f,f,r,f,f,f,f",
-            [sums, word, a, b, c, d],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
+    """sums + the four numbers of word times a to d; with PLACED, 2^PLACED + each."""
+    if PLACED == 0:
         sums += _byte(word, 0) * a
         sums += _byte(word, 1) * b
         sums += _byte(word, 2) * c
         sums += _byte(word, 3) * d
+    else:
+        EXPONENT: tl.constexpr = (127 + PLACED) // 2  # The highest byte of 2^PLACED.
+        if _EMULATED:
+            sums += _placed(word, 0, EXPONENT) * a
+            sums += _placed(word, 1, EXPONENT) * b
+            sums += _placed(word, 2, EXPONENT) * c
+            sums += _placed(word, 3, EXPONENT) * d
+        else:
+            sums = tl.inline_asm_elementwise(
+                """{
+                .reg .f32 number, sum;
+                prmt.b32 number, $2, $7, 0x7044;
+                fma.rn.f32 sum, number, $3, $1;
+                prmt.b32 number, $2, $7, 0x7144;
+                fma.rn.f32 sum, number, $4, sum;
+                prmt.b32 number, $2, $7, 0x7244;
+                fma.rn.f32 sum, number, $5, sum;
+                prmt.b32 number, $2, $7, 0x7344;
+                fma.rn.f32 $0, number, $6, sum;
+                }""",
+                "=f,f,r,f,f,f,f,r",
+                [sums, word, a, b, c, d, tl.full(word.shape, EXPONENT << 24, tl.uint32)],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )
     return sums
 
 
@@ -405,15 +439,16 @@ def _run(sums, first, second, given, PLACED: tl.constexpr):
 @triton.jit
 def _zeros(totals, PLACED: tl.constexpr):
     """What sums of numbers times inputs begin with."""
-    if not PLACED:
+    LESS: tl.constexpr = -(1 << PLACED)
+    if PLACED == 0:
         none = tl.zeros_like(totals[0])
         return none, none, none, none
     elif len(totals) == 4:  # noqa: RET505 the compiler takes one branch of such a chain
-        return totals[0] * -128, totals[1] * -128, totals[2] * -128, totals[3] * -128
+        return totals[0] * LESS, totals[1] * LESS, totals[2] * LESS, totals[3] * LESS
     elif len(totals) == 2:
-        return totals[0] * -128, totals[1] * -128
+        return totals[0] * LESS, totals[1] * LESS
     else:
-        return (totals[0] * -128,)
+        return (totals[0] * LESS,)
 
 
 @triton.jit
@@ -501,6 +536,7 @@ def _multiply(
     PLACED: tl.constexpr,
 ):
     PARTS: tl.constexpr = BLOCK_ELEMENTS // 32
+    UP: tl.constexpr = 7 - PLACED if PLACED else 0
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
     part = lane % PARTS
@@ -521,7 +557,7 @@ def _multiply(
         position = block * BLOCK_ELEMENTS + START(part)
         block = tl.minimum(block, row_blocks - 1)
         x, x_totals = _given(inputs, position, inside, GROUPS, SECOND, THIRD, FOURTH)
-        words, scales, offsets = WORDS(first, block, part)
+        words, scales, offsets = WORDS(first, block, part, UP)
         a = _row(words, scales, offsets, x, x_totals, GROUPS, PLACED)
         b, c, d = a, a, a
         if INPUTS == 2:
@@ -530,16 +566,16 @@ def _multiply(
             e = _row(words, scales, offsets, y, y_totals, GROUPS, PLACED)
             f, g, h = e, e, e
         if ROWS >= 2:
-            words, scales, offsets = WORDS(second, block, part)
+            words, scales, offsets = WORDS(second, block, part, UP)
             b = _row(words, scales, offsets, x, x_totals, GROUPS, PLACED)
             if INPUTS == 2:
                 f = _row(words, scales, offsets, y, y_totals, GROUPS, PLACED)
         if ROWS >= 4:
-            words, scales, offsets = WORDS(third, block, part)
+            words, scales, offsets = WORDS(third, block, part, UP)
             c = _row(words, scales, offsets, x, x_totals, GROUPS, PLACED)
             if INPUTS == 2:
                 g = _row(words, scales, offsets, y, y_totals, GROUPS, PLACED)
-            words, scales, offsets = WORDS(fourth, block, part)
+            words, scales, offsets = WORDS(fourth, block, part, UP)
             d = _row(words, scales, offsets, x, x_totals, GROUPS, PLACED)
             if INPUTS == 2:
                 h = _row(words, scales, offsets, y, y_totals, GROUPS, PLACED)
@@ -568,11 +604,18 @@ Multiply: TypeAlias = "partial[None]"
 def multiply_for(format: Format, packed: Tensor, inputs: Tensor, rows: int) -> Multiply | None:
     """How a weight of so many rows is multiplied here: `multiply` with its first two arguments; None where it
     is not."""
-    lanes = LANES.get(format.name) if _TRITON >= _OLDEST else None
-    if lanes is None or (packed.data_ptr() | packed.numel() // rows) % lanes.alignment:
+    lanes = LANES.get(format.name)
+    if lanes is None or _TRITON < _OLDEST or not _is_served(inputs.device):
+        return None
+    if (packed.data_ptr() | format.packed_bytes(inputs.shape[1])) % lanes.alignment:
         return None
     # More rows at once are less work, and leave few threads for a small weight.
     return partial(multiply, lanes, (4 if rows >= _MANY_ROWS else 2) // len(inputs))
+
+
+def _is_served(device: torch.device) -> bool:
+    """It is made for NVIDIA's warps of 32 threads, and has instructions of theirs."""
+    return (device.type == "cuda" and torch.version.hip is None) or _INTERPRETED
 
 
 def multiply(
@@ -603,12 +646,6 @@ def multiply(
             INPUTS=count,
             ROWS=at_once,
             WARPS=_WARPS,
-            PLACED=lanes.below_128 and _places_bytes(inputs),
+            PLACED=lanes.bits | 1 if lanes.bits < 8 and inputs.dtype != torch.float32 else 0,
             num_warps=_WARPS,
         )
-
-
-def _places_bytes(inputs: Tensor) -> bool:
-    """Whether bytes become numbers by being placed in one, on NVIDIA's GPUs. Sums of 128 + the byte lose
-    digits, which is far less than what inputs in half precision have lost before."""
-    return inputs.dtype != torch.float32 and inputs.device.type == "cuda" and torch.version.hip is None

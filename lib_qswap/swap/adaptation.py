@@ -18,8 +18,8 @@ RELIEF_BYTES = 256 << 20
 """The least that residents give back where the computation ran out of memory."""
 
 CROWDED_STEPS = 2
-"""In so many steps in a row the allocator had to try again before residents give way, the first time in a
-run: after a change it may have to once."""
+"""In so many of a model's forwards in a row the allocator has to try again before residents give way, and
+from then on in every one until there was one without: after a change it may have to once."""
 CROWDED_BYTES = 128 << 20
 CROWDED_SHARE = 16
 """What they give back then, at least, and the budget over this."""
@@ -41,9 +41,8 @@ class Adaptation(AttachmentPart):
         super().__init__(model)
         self.profile = Profile(model.device)
         self._postponed = False
-        self._retries = 0
+        self._retries: int | None = None
         self._crowded_steps = 0
-        self._patience = CROWDED_STEPS
 
     def before_step(self, work: Work) -> bool:
         """A forward begins, of this `work`. Returns whether it is measured."""
@@ -58,15 +57,24 @@ class Adaptation(AttachmentPart):
             self.profile.begin(work, model.layers)
         elif model.device.has_clock and not self.profile.is_in_use(work):
             self._replan(work)
-        self._yield_to_others(work)
-        self._make_room()
+        if not self._yield_to_others(work):
+            self._make_room()
+        self._retries = model.device.allocation_retries()
         return measured
+
+    def after_step(self) -> None:
+        """The forward that began last is over."""
+        if self._retries is not None:
+            crowded = self._model.device.allocation_retries() > self._retries
+            self._crowded_steps = self._crowded_steps + 1 if crowded else 0
+        self._retries = None
 
     def relieve(self, root: torch.nn.Module) -> bool:
         """The device ran out of memory in the forward of `root`: half of the residents are given back, then
         all of them, then those of other models. Returns whether there was anything to give, so that the
         forward can be done again."""
         model = self._model
+        self._retries = None  # This is what follows from them.
         self.profile.forget(id(root))
         others = [one for one in ledger.attachments() if one.device is model.device and one is not model]
         resident, floor = model.resident_bytes, model.floor_bytes
@@ -109,45 +117,42 @@ class Adaptation(AttachmentPart):
         free, _ = self._model.device.memory_bytes()
         return free - need.nbytes - need.nbytes // NEED_MARGIN - NEED_MARGIN_BYTES
 
-    def _yield_to_others(self, work: Work) -> None:
+    def _yield_to_others(self, work: Work) -> bool:
         """Gives residents back where another program, or something else in this one, took the memory that
-        this step needs."""
+        this step needs. Returns whether it did."""
         model = self._model
         if model.budget_bytes is None or not model.resident_bytes:
-            return
+            return False
         need = self.profile.need(work)
         if need is None or not need.is_exact:
-            return
+            return False
         room = self._room_bytes(need)
         if room >= -NEED_MARGIN_BYTES:
-            return
-        floor = model.floor_bytes
-        budget_bytes = max(floor, model.budget_bytes + room)
-        if budget_bytes < model.budget_bytes:
-            self._give_back(budget_bytes, "device memory is short, and")
+            return False
+        return self._give_back(-room, "device memory is short, and")
 
     def _make_room(self) -> None:
         """Gives residents back where the allocator waits for the device in every step because its free memory
         is in pieces: on a full card a step then takes as long as its copies and its computation together."""
         model = self._model
-        retries = model.device.allocation_retries()
-        if model.run.index <= 1:
-            # What there was before were other models' retries.
-            self._retries, self._crowded_steps, self._patience = retries, 0, CROWDED_STEPS
-        crowded = retries > self._retries
-        self._retries = retries
-        self._crowded_steps = self._crowded_steps + 1 if crowded else 0
-        if self._crowded_steps < self._patience or model.budget_bytes is None or not model.resident_bytes:
+        left = model.run.steps_left  # What a change costs has to come back in these.
+        if self._crowded_steps < CROWDED_STEPS or model.budget_bytes is None or left in (0, 1):
             return
-        self._crowded_steps, self._patience = 0, 1
-        freed = max(CROWDED_BYTES, model.budget_bytes // CROWDED_SHARE)
-        budget_bytes = max(model.floor_bytes, min(model.budget_bytes, model.whole_bytes) - freed)
-        if budget_bytes < model.budget_bytes:
-            self._give_back(budget_bytes, "steps wait for device memory:")
+        before = model.budget_bytes
+        freed = max(CROWDED_BYTES, before // CROWDED_SHARE)
+        if self._give_back(before - min(before, model.whole_bytes) + freed, "steps wait for device memory:"):
+            self._crowded_steps = CROWDED_STEPS - 1
+            # It is not lent again, nor asked for with the next image.
+            model.crowded_bytes += before - model.budget_bytes
+            model.spare_bytes = max(0, model.spare_bytes - (before - model.budget_bytes))
 
-    def _give_back(self, budget_bytes: int, reason: str) -> None:
+    def _give_back(self, nbytes: int, reason: str) -> bool:
+        """Lowers the budget by `nbytes`, as far as there are residents. Returns whether there were any."""
         model = self._model
         assert model.budget_bytes is not None
+        budget_bytes = max(model.floor_bytes, model.budget_bytes - nbytes)
+        if budget_bytes >= model.budget_bytes or not model.resident_bytes:
+            return False
         ledger.message(
             f"{model.name}: {reason} residents are given back for the computation: "
             f"{budget_bytes / 2**20:.0f} MB of weights are left on it."
@@ -155,6 +160,7 @@ class Adaptation(AttachmentPart):
         model.grown_bytes = max(0, model.grown_bytes + budget_bytes - model.budget_bytes)
         model.fit_into(budget_bytes)
         model.device.empty_cache()
+        return True
 
     def _replan(self, work: Work) -> None:
         """Another plan from what was measured for `work`, where it pays."""

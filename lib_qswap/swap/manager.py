@@ -53,6 +53,7 @@ class Attachment:
         budget_bytes: device bytes for weights that are in force; None: not decided yet, or no longer right.
         spare_bytes: what may be given on top of the budget that was asked for.
         grown_bytes: the part of it that was given on top, since steps turned out not to need it.
+        crowded_bytes: what was given back for good, because the allocator needs more than steps do.
         kept: what the host itself keeps on the device for this model, as long as it runs.
         idle: the layers that the present steps do without.
     """
@@ -91,6 +92,7 @@ class Attachment:
         self._pin_budget_bytes = pin_budget_bytes
         self.spare_bytes = 0
         self.grown_bytes = 0
+        self.crowded_bytes = 0
         self.adaptation = Adaptation(self)
         self._plans = Plans()
         self.kept: dict[object, torch.Tensor] = {}
@@ -497,6 +499,7 @@ class Attachment:
         """The forward of `root` is over."""
         traced = self.state.streamer.end_step(id(root))
         self.idle.kept.end()
+        self.adaptation.after_step()
         if traced is not None:
             # Layers of other roots stay where they are, and those of other models have no place here. A new
             # list: the page may be walking along the old one.
