@@ -16,7 +16,7 @@ from lib_qswap.quant.formats import FORMATS
 
 pytest.importorskip(
     "triton",
-    minversion="3.3",  # 3.2 compiles for no other device than the one that is there; older ones are left alone
+    minversion="3.3",  # 3.2 compiles for the device that is there alone, older ones for none
     reason="Triton is not installed: pip install -e '.[test]'",
     exc_type=ImportError,
 )
