@@ -23,7 +23,6 @@ Offsets are multiplied by sums of inputs, so that an infinite input makes all re
 from __future__ import annotations
 
 import os
-import types
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -33,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .unpack_triton import half, on_device, signed, store
+from .unpack_triton import compiled, half, on_device, signed, store
 
 if TYPE_CHECKING:
     from .formats import Format
@@ -591,10 +590,8 @@ def _multiply(
 
 @lru_cache(maxsize=16)
 def _launch(lanes: Lanes) -> Any:
-    its_globals = {**_multiply.__globals__, "WORDS": lanes.words, "START": lanes.start}
-    own = types.FunctionType(_multiply.__code__, its_globals, _multiply.__name__)
-    own.__annotations__, own.__module__ = _multiply.__annotations__, _multiply.__module__
-    return triton.jit(own, do_not_specialize=["rows", "row_blocks"])
+    names = {"WORDS": lanes.words, "START": lanes.start}
+    return compiled(_multiply, names, ["rows", "row_blocks"])
 
 
 Multiply: TypeAlias = "partial[None]"

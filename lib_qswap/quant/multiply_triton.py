@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .unpack_triton import Kernel, compiled, on_device, store, striped
+from .unpack_triton import Kernel, compiled, names_of, on_device, store, striped
 
 if TYPE_CHECKING:
     from .formats import Format
@@ -111,7 +111,8 @@ def _multiply(
 
 @lru_cache(maxsize=64)
 def _launch(kernel: Kernel) -> Any:
-    return compiled(_multiply, kernel.parts, kernel.offsets, kernel.stripes, ["rows", "row_blocks"])
+    names = names_of(kernel.parts, kernel.offsets, kernel.stripes)
+    return compiled(_multiply, names, ["rows", "row_blocks"])
 
 
 def multiply(

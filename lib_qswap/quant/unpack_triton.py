@@ -155,18 +155,20 @@ def _unpack(
         store(out + (blocks * BLOCK_ELEMENTS)[None, :], values)
 
 
-def compiled(
-    source: Callable[..., Any], parts: Any, offsets: int, stripes: int, do_not_specialize: list[str]
-) -> Any:
-    """`source`, a kernel that calls `PARTS`, for the type of `parts`, `offsets`, `stripes` (see `Kernel`).
+def compiled(source: Callable[..., Any], names: dict[str, Any], do_not_specialize: list[str]) -> Any:
+    """`source`, a kernel, with `names` among its globals: what it calls and computes with for one type.
 
     A function of its own, with globals of its own: older Tritons take no function as an argument.
     """
-    of_type = {"PARTS": parts, "OFFSETS": tl.constexpr(offsets), "STRIPES": tl.constexpr(stripes)}
-    its_globals = {**source.__globals__, **of_type}
+    its_globals = {**source.__globals__, **names}
     own = types.FunctionType(source.__code__, its_globals, source.__name__)
     own.__annotations__, own.__module__ = source.__annotations__, source.__module__
     return triton.jit(own, do_not_specialize=do_not_specialize)
+
+
+def names_of(parts: Any, offsets: int, stripes: int) -> dict[str, Any]:
+    """For `compiled`, of kernels that call `PARTS`; arguments: see `Kernel`."""
+    return {"PARTS": parts, "OFFSETS": tl.constexpr(offsets), "STRIPES": tl.constexpr(stripes)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,7 @@ def kernel(
 
     def decorate(function: Callable[..., Any]) -> Kernel:
         parts = triton.jit(function)
-        launch = compiled(_unpack, parts, offsets, stripes, ["count"])
+        launch = compiled(_unpack, names_of(parts, offsets, stripes), ["count"])
         return Kernel(parts, offsets, stripes, launch, alignment, table, tile_elements, warps)
 
     return decorate
