@@ -25,13 +25,14 @@ class Halves(torch.nn.Module):
 
     def __init__(self, sim):
         super().__init__()
+        self.more_s = 0.0
         self.layers = torch.nn.ModuleList(
             torch.nn.Linear(1024, 1024, bias=False, dtype=torch.float16).requires_grad_(False)
             for _ in range(COUNT)
         )
         for i, layer in enumerate(self.layers):
             layer.forward = lambda x, i=i: (
-                sim.busy(LONG_S if (x.shape[0] == 1) == (i < COUNT // 2) else SHORT_S),
+                sim.busy(self.more_s + (LONG_S if (x.shape[0] == 1) == (i < COUNT // 2) else SHORT_S)),
                 x,
             )[1]
 
@@ -81,6 +82,17 @@ def test_layers_that_take_long_are_those_that_are_swapped_whatever_the_work(halv
     assert attachment.layers[0].times.measured.compute_s == pytest.approx(SHORT_S, rel=0.01)
     assert sum(i < COUNT // 2 for i in resident(attachment)) > COUNT // 4
     assert last_step_s(attachment) < unplanned_s
+
+
+@pytest.mark.simgpu
+@pytest.mark.parametrize("disturbed", [0, 1])
+def test_a_measured_step_that_was_disturbed_does_not_make_the_plan(sim, halves, disturbed):
+    model, attachment = halves
+    for step in range(4):
+        model.more_s = LONG_S if step == disturbed else 0.0
+        steps(model, 1, 1)
+    times = [layer.times.measured.compute_s for layer in attachment.layers]
+    assert times == pytest.approx([LONG_S] * (COUNT // 2) + [SHORT_S] * (COUNT // 2), rel=0.01)
 
 
 @pytest.mark.simgpu

@@ -103,7 +103,7 @@ class LayerTimes:
 
     Attributes:
         measured: for the work that was run last; None before it was measured.
-        by_work: for each work.
+        by_work: for each work, in that of its measured steps in which the layer took less.
         uses: how often a forward has asked for its weights.
     """
 

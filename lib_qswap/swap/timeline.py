@@ -218,4 +218,6 @@ class Timeline:
             before = measured.get(use.layer, Measured(0.0, 0.0))
             measured[use.layer] = Measured(before.compute_s + compute_s, before.read_s + read_s)
         for layer, found in measured.items():
-            layer.times.by_work[step.measured] = found
+            # What disturbs a step, other programs or the host, makes layers longer, and never shorter.
+            known = layer.times.by_work.get(step.measured)
+            layer.times.by_work[step.measured] = found if known is None else min(known, found)
