@@ -275,8 +275,9 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
     own = _own_bytes(attachment)
     budget = _limited(available + own)
     spare = _limited(available + own + inference_bytes) - budget
-    lent = min(spare, attachment.crowded_bytes)
-    budget, spare = max(0, budget + lent - attachment.crowded_bytes), spare - lent
+    if attachment.crowded_bytes:
+        budget = max(0, min(budget, attachment.whole_bytes) - attachment.crowded_bytes)
+        spare = max(0, spare - attachment.crowded_bytes)
     try:
         if loaded is None:
             loaded = mm.LoadedModel(patcher)

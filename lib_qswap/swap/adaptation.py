@@ -138,13 +138,14 @@ class Adaptation(AttachmentPart):
         left = model.run.steps_left  # What a change costs has to come back in these.
         if self._crowded_steps < CROWDED_STEPS or model.budget_bytes is None or left in (0, 1):
             return
-        before = model.budget_bytes
-        freed = max(CROWDED_BYTES, before // CROWDED_SHARE)
-        if self._give_back(before - min(before, model.whole_bytes) + freed, "steps wait for device memory:"):
+        had = min(model.budget_bytes, model.whole_bytes)
+        freed = max(CROWDED_BYTES, had // CROWDED_SHARE)
+        if self._give_back(model.budget_bytes - had + freed, "steps wait for device memory:"):
             self._crowded_steps = CROWDED_STEPS - 1
             # It is not lent again, nor asked for with the next image.
-            model.crowded_bytes += before - model.budget_bytes
-            model.spare_bytes = max(0, model.spare_bytes - (before - model.budget_bytes))
+            crowded = had - model.budget_bytes
+            model.crowded_bytes += crowded
+            model.spare_bytes = max(0, model.spare_bytes - crowded)
 
     def _give_back(self, nbytes: int, reason: str) -> bool:
         """Lowers the budget by `nbytes`, as far as there are residents. Returns whether there were any."""
