@@ -70,6 +70,15 @@ def _bits(word, FROM: tl.constexpr, TO: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
+def _nibbles(a, b, c, d, UP: tl.constexpr):
+    """The low nibbles of four words, then the high ones."""
+    return (
+        _bits(a, 0, UP, 15), _bits(b, 0, UP, 15), _bits(c, 0, UP, 15), _bits(d, 0, UP, 15),
+        _bits(a, 4, UP, 15), _bits(b, 4, UP, 15), _bits(c, 4, UP, 15), _bits(d, 4, UP, 15),
+    )  # fmt: skip
+
+
+@triton.jit
 def _as_half(bits):
     """uint32 with fp16 in its lower half -> fp32"""
     return half((bits & 0xFFFF).to(tl.uint16), tl.float32)
@@ -109,10 +118,7 @@ def Q4_K(packed, block, part, UP: tl.constexpr):
     words = (start + 16 + part * 16).to(tl.pointer_type(tl.uint32))
     a, b, c, d = _four(tl.load(words[:, None] + tl.arange(0, 4)[None, :]))
     scales, minima = _two_groups(start, part)
-    return (
-        _bits(a, 0, UP, 15), _bits(b, 0, UP, 15), _bits(c, 0, UP, 15), _bits(d, 0, UP, 15),
-        _bits(a, 4, UP, 15), _bits(b, 4, UP, 15), _bits(c, 4, UP, 15), _bits(d, 4, UP, 15),
-    ), scales, minima  # fmt: skip
+    return _nibbles(a, b, c, d, UP), scales, minima
 
 
 @triton.jit
@@ -273,10 +279,7 @@ def Q4_0(packed, block, part, UP: tl.constexpr):
     o = s * 8
     e = tl.load(words + 4)
     a, b, c, d = _moved(odd, a, b), _moved(odd, b, c), _moved(odd, c, d), _moved(odd, d, e)
-    return (
-        _bits(a, 0, UP, 15), _bits(b, 0, UP, 15), _bits(c, 0, UP, 15), _bits(d, 0, UP, 15),
-        _bits(a, 4, UP, 15), _bits(b, 4, UP, 15), _bits(c, 4, UP, 15), _bits(d, 4, UP, 15),
-    ), (s,), (o,)  # fmt: skip
+    return _nibbles(a, b, c, d, UP), (s,), (o,)
 
 
 @triton.jit
@@ -285,10 +288,7 @@ def Q4_1(packed, block, part, UP: tl.constexpr):
     both = tl.load(words)
     a, b, c, d = tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), tl.load(words + 4)
     s, o = _as_half(both), -_as_half(both >> 16)
-    return (
-        _bits(a, 0, UP, 15), _bits(b, 0, UP, 15), _bits(c, 0, UP, 15), _bits(d, 0, UP, 15),
-        _bits(a, 4, UP, 15), _bits(b, 4, UP, 15), _bits(c, 4, UP, 15), _bits(d, 4, UP, 15),
-    ), (s,), (o,)  # fmt: skip
+    return _nibbles(a, b, c, d, UP), (s,), (o,)
 
 
 @triton.jit
@@ -300,6 +300,17 @@ def _with_bits(word, LOW: tl.constexpr, bits, POSITION: tl.constexpr, UP: tl.con
 
 
 @triton.jit
+def _nibbles_with(bits, a, b, c, d, UP: tl.constexpr):
+    """As `_nibbles`, with the 32 bits above them."""
+    return (
+        _with_bits(a, 0, bits, 0, UP), _with_bits(b, 0, bits, 4, UP),
+        _with_bits(c, 0, bits, 8, UP), _with_bits(d, 0, bits, 12, UP),
+        _with_bits(a, 4, bits, 16, UP), _with_bits(b, 4, bits, 20, UP),
+        _with_bits(c, 4, bits, 24, UP), _with_bits(d, 4, bits, 28, UP),
+    )  # fmt: skip
+
+
+@triton.jit
 def Q5_0(packed, block, part, UP: tl.constexpr):
     words, odd = _paired(packed, block, 5)
     a, b, c = tl.load(words), tl.load(words + 1), tl.load(words + 2)
@@ -308,12 +319,7 @@ def Q5_0(packed, block, part, UP: tl.constexpr):
     d, e, f = tl.load(words + 3), tl.load(words + 4), tl.load(words + 5)
     a, b, c, d = _moved(odd, b, c), _moved(odd, c, d), _moved(odd, d, e), _moved(odd, e, f)
     o = s * 16
-    return (
-        _with_bits(a, 0, bits, 0, UP), _with_bits(b, 0, bits, 4, UP),
-        _with_bits(c, 0, bits, 8, UP), _with_bits(d, 0, bits, 12, UP),
-        _with_bits(a, 4, bits, 16, UP), _with_bits(b, 4, bits, 20, UP),
-        _with_bits(c, 4, bits, 24, UP), _with_bits(d, 4, bits, 28, UP),
-    ), (s,), (o,)  # fmt: skip
+    return _nibbles_with(bits, a, b, c, d, UP), (s,), (o,)
 
 
 @triton.jit
@@ -322,12 +328,7 @@ def Q5_1(packed, block, part, UP: tl.constexpr):
     both, bits = tl.load(words), tl.load(words + 1)
     a, b, c, d = tl.load(words + 2), tl.load(words + 3), tl.load(words + 4), tl.load(words + 5)
     s, o = _as_half(both), -_as_half(both >> 16)
-    return (
-        _with_bits(a, 0, bits, 0, UP), _with_bits(b, 0, bits, 4, UP),
-        _with_bits(c, 0, bits, 8, UP), _with_bits(d, 0, bits, 12, UP),
-        _with_bits(a, 4, bits, 16, UP), _with_bits(b, 4, bits, 20, UP),
-        _with_bits(c, 4, bits, 24, UP), _with_bits(d, 4, bits, 28, UP),
-    ), (s,), (o,)  # fmt: skip
+    return _nibbles_with(bits, a, b, c, d, UP), (s,), (o,)
 
 
 @dataclass(frozen=True, slots=True)
