@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from random import Random
 
 import gguf
 import numpy as np
@@ -157,6 +158,24 @@ def test_strings_of_a_vocabulary_that_straddle_the_reading_window_are_found(writ
     file = open_gguf(write(gguf_bytes([Tensor("a")], {"tokens": tokens})))
     assert list(file) == ["a"]
     assert list(file.metadata["tokens"]) == tokens
+
+
+@pytest.mark.parametrize("byte_order", "<>")
+@pytest.mark.parametrize("seed", range(3))
+def test_what_follows_strings_of_any_length_is_found(write, byte_order, seed):
+    # Lengths below 248 are read in one way, others in another; a window has 4,096 to 131,072 bytes.
+    lengths = [0, 1, 7, 8, 9, 40, 240, 247, 248, 249, 255, 256, 300, 4_088, 4_096, 5_000, 70_000, 200_000]
+    random = Random(seed)
+    metadata = {}
+    for count in [3, 40, 1, 2000, 300, 20, 20]:
+        weights = [random.choice([1, 100, 5000]) for _ in lengths]
+        strings = [
+            chr(random.randrange(1, 128)) * length for length in random.choices(lengths, weights, k=count)
+        ]
+        metadata |= {f"{count} strings, {len(metadata)}": strings, f"after {len(metadata)}": 7}
+    file = open_gguf(write(gguf_bytes(metadata=metadata, byte_order=byte_order)))
+    found = {key: value if value == 7 else list(value) for key, value in file.metadata.items()}
+    assert found == metadata
 
 
 def test_the_header_of_a_model_with_a_very_large_vocabulary_is_within_the_limits(write):

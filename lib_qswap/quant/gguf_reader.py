@@ -11,6 +11,8 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from .mapped_file import GGUFError, MappedFile
 
 # Value types of metadata: struct codes by type number; 8 is a string, 9 an array.
@@ -33,7 +35,11 @@ _KEPT_BYTES = 1 << 16
 _KEPT_BYTES_IN_ALL = 4 << 20
 _BYTES_PER_KEPT_ITEM = 256  # counted for each item of an array beside its bytes in the file
 
-_WINDOW_BYTES = 1 << 18
+# A window of the file's bytes: small at first and after a jump, doubled as long as one follows the other.
+_SMALLEST_WINDOW_BYTES = 1 << 12
+_LARGEST_WINDOW_BYTES = 1 << 17
+
+_LENGTH_BYTES = 8
 
 
 class MetadataArray(Sequence):
@@ -90,8 +96,12 @@ class Reader:
         self._numbers = {code: struct.Struct(byte_order + code) for code in "BbHhIif?Qqd"}
         self._pieces = 0
         self._kept_bytes = 0
-        self._window = b""
-        self._window_start = 0
+        # The window's memory is used again: fresh memory costs more than reading into it.
+        self._window = bytearray(_SMALLEST_WINDOW_BYTES)
+        self._window_start = position  # never behind `position`
+        self._window_bytes = 0  # valid ones
+        self._strides = b""  # of the strings in the window, once they were asked for
+        self._scratch = np.empty((2, 0), np.uint8)
 
     def error(self, message: str) -> GGUFError:
         return GGUFError(f"{self.file.path}: {message}")
@@ -118,30 +128,44 @@ class Reader:
     def _bytes_at(self, nbytes: int, field: str) -> int:
         """Position of the next `nbytes` bytes in the window."""
         start = self.position - self._window_start
-        if start < 0 or start + nbytes > len(self._window):
-            self.need(nbytes, field)
-            window = bytearray(min(max(nbytes, _WINDOW_BYTES), self._end - self.position))
-            try:
-                count = self.file.read_at(self.position, memoryview(window))
-            except OSError as error:
-                raise self.error(f"{field}: cannot be read: {error.strerror or error}") from error
-            if count < nbytes:
-                raise self.error(f"{field}: the file ended while it was read")
-            self._window, self._window_start, start = bytes(window[:count]), self.position, 0
-        return start
+        if start + nbytes <= self._window_bytes:
+            return start
+        self.need(nbytes, field)
+        size = _SMALLEST_WINDOW_BYTES
+        if start < 2 * self._window_bytes:
+            size = max(size, min(2 * self._window_bytes, _LARGEST_WINDOW_BYTES))
+        size = min(max(nbytes, size), self._end - self.position)
+        if size > len(self._window):
+            self._window = bytearray(size)
+        try:
+            with memoryview(self._window) as view, view[:size] as part:
+                count = self.file.read_at(self.position, part)
+        except OSError as error:
+            raise self.error(f"{field}: cannot be read: {error.strerror or error}") from error
+        if count < nbytes:
+            raise self.error(f"{field}: the file ended while it was read")
+        self._window_start, self._window_bytes, self._strides = self.position, count, b""
+        return 0
 
     def take(self, nbytes: int, field: str) -> bytes:
         start = self._bytes_at(nbytes, field)
         self.position += nbytes
-        return self._window[start : start + nbytes]
+        return bytes(self._window[start : start + nbytes])
 
     def skip(self, nbytes: int, field: str) -> None:
         self.need(nbytes, field)
         self.position += nbytes
 
+    def _go_back(self, position: int) -> None:
+        self.position = position
+        if position < self._window_start:
+            self._window_start, self._window_bytes, self._strides = position, 0, b""
+
     def number(self, code: str, field: str) -> Any:
         layout = self._numbers[code]
-        start = self._bytes_at(layout.size, field)
+        start = self.position - self._window_start
+        if start + layout.size > self._window_bytes:
+            start = self._bytes_at(layout.size, field)
         self.position += layout.size
         return layout.unpack_from(self._window, start)[0]
 
@@ -211,7 +235,7 @@ class Reader:
             raise self.error(f"{field}: item type {item_type} is not one of GGUF's (0 to 12)")
         if not self._keeps(self.position - start, count):
             return MetadataArray(self.file, self.byte_order, field, item_type, count, start)
-        self.position = start
+        self._go_back(start)
         return self.items(field, item_type, count)
 
     def items(self, field: str, item_type: int, count: int) -> list[Any]:
@@ -222,21 +246,41 @@ class Reader:
 
     def _skip_strings(self, field: str, count: int) -> None:
         length_at = self._numbers["Q"].unpack_from
-        window, index = self._window, self.position - self._window_start
         strings = iter(range(count))
         while True:
+            window, strides = self._window, self._strides_in_window()
+            index = self.position - self._window_start
             try:
                 # A vocabulary has a quarter of a million strings: nothing but this for most of them.
                 for _ in strings:
-                    index += 8 + length_at(window, index)[0]
-            except (struct.error, OverflowError):
+                    index += strides[index] or _LENGTH_BYTES + length_at(window, index)[0]
+            except (IndexError, struct.error, OverflowError):
                 # The window ends before this string's length does.
                 self._move_in_window(index, field)
                 self.skip(self.number("Q", field), field)
-                window, index = self._window, self.position - self._window_start
             else:
                 self._move_in_window(index, field)
                 return
+
+    def _strides_in_window(self) -> bytes:
+        """At each byte of the window, as if a string began there: the bytes to the next one, 0 for many."""
+        count = self._window_bytes - _LENGTH_BYTES
+        if not self._strides and count > 0:
+            if self._scratch.shape[1] < self._window_bytes:
+                self._scratch = np.empty((2, len(self._window)), np.uint8)
+            first, second = self._scratch
+            window = np.frombuffer(self._window, np.uint8)
+            low, high = (window, window[1:]) if self.byte_order == "<" else (window[7:], window)
+            # Not zero where one of the seven high bytes of a length is: of 2, of 4, of 4 and the last 3.
+            np.bitwise_or(high[: count + 5], high[1 : count + 6], out=first[: count + 5])
+            np.bitwise_or(first[: count + 3], first[2 : count + 5], out=second[: count + 3])
+            np.bitwise_or(second[:count], second[3 : count + 3], out=first[:count])
+            is_short = np.equal(first[:count], 0, out=first[:count].view(np.bool_))
+            strides = np.add(low[:count], np.uint8(_LENGTH_BYTES), out=second[:count])  # low where it wraps
+            strides *= is_short.view(np.uint8)
+            strides *= np.greater_equal(strides, _LENGTH_BYTES, out=is_short).view(np.uint8)
+            self._strides = strides.tobytes()
+        return self._strides
 
     def _move_in_window(self, index: int, field: str) -> None:
         """To byte `index` of the window, which may lie behind its end."""
