@@ -11,6 +11,7 @@ import torch
 from bnb_checkpoint import TABLES
 
 import lib_qswap.quant.unpack as unpacking
+from lib_qswap.quant import unpack_cpu
 from lib_qswap.quant.formats import FORMATS
 from lib_qswap.quant.unpack import unpack
 
@@ -239,3 +240,32 @@ def test_temporaries_stay_within_their_limit_on_an_accelerator(dtype, arithmetic
         peak = torch.simgpu.max_memory_allocated()
         assert before <= peak <= before + limit_bytes * 1.01, format.name
         assert peak > before or format.dtype is not None, format.name
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])
+@pytest.mark.parametrize("scale", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("position", [0, 1], ids=["d", "dmin"])
+def test_a_scale_that_is_no_number_spoils_its_own_block_alone(name, scale, position, small_chunks):
+    blocks = ggml_blocks.random_blocks(FORMATS[name], 14 * 14 + 3, "any")
+    blocks[100].view(np.float16)[position] = scale
+    expected = unpacked(FORMATS[name], blocks)
+    assert not expected[100].isfinite().any()
+    assert expected[:100].isfinite().all()
+    assert expected[101:].isfinite().all()
+    values = unpacked(FORMATS[name], blocks, torch.float16)
+    assert torch.equal(values.isnan(), expected.isnan())
+    assert torch.equal(values.nan_to_num(nan=0), expected.half().nan_to_num(nan=0))
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])
+def test_where_torch_cannot_scale_rows_the_values_are_the_same(name, small_chunks, monkeypatch):
+    blocks = ggml_blocks.random_blocks(FORMATS[name], 14 * 14 + 3, "edge")
+    quick = unpacked(FORMATS[name], blocks, torch.float16)
+    monkeypatch.setattr(torch, "native_batch_norm", _not_implemented)
+    monkeypatch.setattr(unpack_cpu, "can_scale_rows", unpack_cpu.can_scale_rows.__wrapped__)
+    assert not unpack_cpu.can_scale_rows()
+    assert_same_bits(unpacked(FORMATS[name], blocks, torch.float16), quick)
+
+
+def _not_implemented(*args, **kwargs):
+    raise RuntimeError("\"batch_norm\" not implemented for 'Half'")

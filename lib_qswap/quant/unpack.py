@@ -10,7 +10,7 @@ stream.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -32,6 +32,10 @@ _CPU_KINDS: dict[str, Callable[[int], unpack_cpu.ChunkUnpacker]] = {
         unpack_cpu_k.Q5_K,
         unpack_cpu_k.Q6_K,
     )
+}
+_CPU_KINDS_TO_HALF: dict[str, Callable[[int], unpack_cpu.ChunkUnpacker]] = {
+    "Q4_K": unpack_cpu_k.Q4_KToHalf,
+    "Q5_K": unpack_cpu_k.Q5_KToHalf,
 }
 
 # For each thread. Smaller chunks spend their time on calls, larger ones on memory outside the caches.
@@ -102,13 +106,23 @@ def _with_torch(
     with torch.inference_mode(), _ANYWHERE if torch.empty(0).device.type == "cpu" else _ON_CPU:
         blocks = packed.view(-1, format.block_bytes)
         values = out.view(-1, format.block_elements)
-        kind = _CPU_KINDS.get(format.name) if exact and out.device.type == "cpu" else None
-        if kind is not None and packed.data_ptr() % 8 == 0:
+        if exact and out.device.type == "cpu" and packed.data_ptr() % 8 == 0:
             of_all_threads = _CPU_CHUNK_ELEMENTS * torch.get_num_threads()
             chunk_elements = min(of_all_threads, _MOST_CPU_CHUNK_ELEMENTS_OF_K)
-            done = unpack_cpu.unpack_whole_chunks(kind, blocks, values, chunk_elements)
-            blocks, values = blocks[done:], values[done:]
+            for kind in _cpu_kinds(format, out.dtype):
+                done = unpack_cpu.unpack_whole_chunks(kind, blocks, values, chunk_elements)
+                blocks, values = blocks[done:], values[done:]
         _in_chunks(format, function, blocks, values, rounding)
+
+
+def _cpu_kinds(format: Format, dtype: torch.dtype) -> Iterator[Callable[[int], unpack_cpu.ChunkUnpacker]]:
+    """The quickest way first; each takes on what the one before left."""
+    to_half = _CPU_KINDS_TO_HALF.get(format.name) if dtype == torch.float16 else None
+    if to_half is not None and unpack_cpu.can_scale_rows():
+        yield to_half
+    kind = _CPU_KINDS.get(format.name)
+    if kind is not None:
+        yield kind
 
 
 def _check(format: Format, packed: Tensor, out: Tensor) -> None:

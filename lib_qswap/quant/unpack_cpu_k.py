@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .unpack_cpu import ChunkUnpacker
+from .unpack_cpu import ChunkUnpacker, HalfChunkUnpacker, means
 from .words import as_words, every_byte
 
 # A tensor, so that no call has to make one of it; so are all the masks and shifts below.
@@ -37,16 +37,37 @@ _HALVES, _SIGN_OF_SECOND, _TWICE = torch.tensor([0xFFFFFFFF, 0x80000000, 0x00000
 _2, _4, _8, _30, _32 = torch.tensor([2, 4, 8, 30, 32]).unbind(0)
 
 
-class _SixBitScales:
-    """Scales, times the unit of their plane, and negative minima of a number of blocks, in buffers that are
-    allocated once: so many temporaries in fresh memory would be page faults.
+class _SixBitNumbers:
+    """The scales and minima of a number of blocks as bytes, in buffers that are allocated once: so many
+    temporaries in fresh memory would be page faults."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.first, self.second, self.part = torch.empty((3, n), dtype=torch.int64).unbind(0)
+        self.both = torch.empty((2, n), dtype=torch.int64)
+        self.scales, self.minima = self.both.unbind(0)
+
+    def read(self, blocks: Tensor) -> None:
+        """Eight scales into every word of `scales`, eight minima into those of `minima`."""
+        first, second, part = self.first, self.second, self.part
+        for word, column in zip((first, second), blocks.view(torch.int64)[:, :2].unbind(1), strict=True):
+            word.copy_(column)  # d, dmin, 4 scales; 4 minima, the 4 other scales' and minima's low bits
+        torch.bitwise_right_shift(first, _32, out=self.scales).bitwise_and_(_LOW)
+        self.scales.bitwise_or_(torch.bitwise_right_shift(first, _2, out=part).bitwise_and_(_HIGH_TOPS))
+        self.scales.bitwise_or_(torch.bitwise_and(second, _HIGH_RESTS, out=part))
+        torch.bitwise_and(second, _LOW, out=self.minima)
+        self.minima.bitwise_or_(torch.bitwise_left_shift(second, _30, out=part).bitwise_and_(_HIGH_TOPS))
+        self.minima.bitwise_or_(torch.bitwise_right_shift(second, _4, out=part).bitwise_and_(_HIGH_RESTS))
+
+
+class _SixBitScales(_SixBitNumbers):
+    """Scales, times the unit of their plane, and negative minima of a number of blocks.
 
     units: of the two planes, the low and the high nibbles of every 32 bytes.
     """
 
     def __init__(self, n: int, units: Sequence[float]) -> None:
-        self.n = n
-        self.words = torch.empty((5, n), dtype=torch.int64).unbind(0)
+        super().__init__(n)
         self.even, self.odd = small = torch.empty((2, n), dtype=torch.int64)
         self.bytes = small.view(torch.uint8)
         self.numbers = torch.empty((2, 8 * n), dtype=torch.float32)  # of each plane (n, 4, 2): scale, minimum
@@ -62,15 +83,8 @@ class _SixBitScales:
 
     def __call__(self, blocks: Tensor) -> Tensor:
         """fp32 (2, 4 * n, 2), valid until the next call."""
-        first, second, scales, minima, part = self.words
-        for word, column in zip((first, second), blocks.view(torch.int64)[:, :2].unbind(1), strict=True):
-            word.copy_(column)  # d, dmin, 4 scales; 4 minima, the 4 other scales' and minima's low bits
-        torch.bitwise_right_shift(first, _32, out=scales).bitwise_and_(_LOW)
-        scales.bitwise_or_(torch.bitwise_right_shift(first, _2, out=part).bitwise_and_(_HIGH_TOPS))
-        scales.bitwise_or_(torch.bitwise_and(second, _HIGH_RESTS, out=part))
-        torch.bitwise_and(second, _LOW, out=minima)
-        minima.bitwise_or_(torch.bitwise_left_shift(second, _30, out=part).bitwise_and_(_HIGH_TOPS))
-        minima.bitwise_or_(torch.bitwise_right_shift(second, _4, out=part).bitwise_and_(_HIGH_RESTS))
+        self.read(blocks)
+        first, scales, minima, part = self.first, self.scales, self.minima, self.part
         # Those of the even and of the odd groups, scale and minimum in turn.
         torch.bitwise_and(scales, _LANES, out=self.even)
         self.even.bitwise_or_(torch.bitwise_left_shift(minima, _8, out=part).bitwise_and_(_ODD_LANES))
@@ -89,17 +103,42 @@ class _SixBitScales:
         return self.numbers.view(2, -1, 2)
 
 
+class _SixBitScalesInOrder(_SixBitNumbers):
+    """The same in the order of the groups."""
+
+    def __init__(self, n: int, units: Sequence[float]) -> None:
+        super().__init__(n)
+        self.halves = torch.empty((2, n, 1), dtype=torch.float32)
+        self.numbers = torch.empty((2, n, 8), dtype=torch.float32)
+        self.units = torch.tensor(units).repeat(4 * n)
+        self.means = torch.empty((1, 8 * n), dtype=torch.float32)
+
+    def __call__(self, blocks: Tensor) -> tuple[Tensor, ...] | None:
+        """What `HalfChunkUnpacker.unpack` takes, valid until the next call."""
+        self.read(blocks)
+        self.numbers.view(-1).copy_(self.both.view(torch.uint8).view(-1))
+        for halves, column in zip(self.halves, self.first.view(torch.float16).view(-1, 4).t(), strict=False):
+            halves.view(-1).copy_(column)
+        self.halves[1].neg_()
+        self.numbers.mul_(self.halves)
+        scales, minima = self.numbers.view(2, 1, -1).unbind(0)
+        scales.mul_(self.units)
+        means(scales, self.means)
+        # A scale that is infinite or no number has none; then the sum is not zero.
+        return (scales, minima, self.means) if self.means.sum().item() == 0 else None
+
+
 class _Groups32(ChunkUnpacker):
     """Every 32 bytes hold two groups, of the low and of the high nibbles."""
 
     width, planes = 32, 2
-    units: tuple[float, float]
+    units: tuple[float, ...]
 
     def __init__(self, blocks: int) -> None:
         super().__init__((2, blocks, 16))
         self.six_bit_scales = _SixBitScales(0, self.units)
 
-    def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
+    def scales(self, blocks: Tensor) -> tuple[Tensor, ...] | None:
         if self.six_bit_scales.n != blocks.shape[0]:
             self.six_bit_scales = _SixBitScales(blocks.shape[0], self.units)
         return self.six_bit_scales(blocks).split(1, 2)
@@ -142,6 +181,28 @@ class Q5_K(_Groups32):
         for shift, tops in zip(self.shifts, self.tops.unbind(0), strict=True):
             torch.bitwise_left_shift(self.fifth_rows, shift, out=tops)
         self.words.bitwise_or_(self.tops.bitwise_and_(self.top))
+
+
+class _HalfGroups32(HalfChunkUnpacker, _Groups32):
+    """Its products have 21 or 22 bits."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__(blocks)
+        self.units = tuple(unit * self.UNIT for unit in self.units)
+        self.scales_in_order = _SixBitScalesInOrder(0, self.units)
+
+    def scales(self, blocks: Tensor) -> tuple[Tensor, ...] | None:
+        if self.scales_in_order.n != blocks.shape[0]:
+            self.scales_in_order = _SixBitScalesInOrder(blocks.shape[0], self.units)
+        return self.scales_in_order(blocks)
+
+
+class Q4_KToHalf(_HalfGroups32, Q4_K):
+    pass
+
+
+class Q5_KToHalf(_HalfGroups32, Q5_K):
+    pass
 
 
 # -- Q2_K, Q3_K and Q6_K: groups of 16 -----------------------------------------------------------------------
