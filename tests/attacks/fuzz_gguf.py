@@ -38,7 +38,8 @@ LARGEST_SEED_BYTES = 4096
 
 # Small, so that inputs of a few kilobytes reach what lies beyond.
 gguf_reader.MAX_HEADER_BYTES = 3000
-gguf_reader._WINDOW_BYTES = 64
+gguf_reader._SMALLEST_WINDOW_BYTES = 16
+gguf_reader._LARGEST_WINDOW_BYTES = 64
 gguf_reader._KEPT_BYTES = 32
 gguf_reader._KEPT_BYTES_IN_ALL = 4096
 
