@@ -1,5 +1,5 @@
 """What the swap engine costs the host for each layer: the time in which a step is issued, on layers so small
-that the device keeps up."""
+and so few that nothing is waited for."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from lib_qswap.swap.manager import attach
 
 WIDTH = 256
 TOKENS = 16
-LAYERS, SMALL_LAYERS = 300, 20
-ROUNDS, SMALL_ROUNDS = 30, 5
-RING_LAYERS = 16
+LAYERS, SMALL_LAYERS = 60, 20
+"""A swapped layer is about ten commands, and CUDA's queue has room for about a thousand: a host that goes on
+issuing waits for the device, which takes longer than the host for layers with a copy each."""
+ROUNDS, SMALL_ROUNDS = 100, 5
+RING_LAYERS = 8
 """In the budget with which layers are swapped; a few of them become resident."""
 
 Row = dict[str, Any]
@@ -31,7 +33,8 @@ Row = dict[str, Any]
 
 def host_times(device: torch.device, small: bool) -> Row:
     """Seconds of the host for each layer: plain, with packed weights that are on the device and unpacked by
-    the same kernels; the same layers under QSwap, resident and swapped from page-locked memory."""
+    the same kernels; the same layers under QSwap, resident and swapped from page-locked memory.
+    `until_done_s`: for each layer of a step with swapped ones, until the device has done it too."""
     layers, rounds = (SMALL_LAYERS, SMALL_ROUNDS) if small else (LAYERS, ROUNDS)
     dtype = torch.bfloat16
     format = FORMATS["Q8_0"]
@@ -41,7 +44,7 @@ def host_times(device: torch.device, small: bool) -> Row:
 
     scratch = Scratch(driver)
     plain = nn.Sequential(*(PackedLinear(packed, None, scratch) for _ in range(layers))).to(device)
-    times: Row = {"layers": layers, "plain_s": _seconds(driver, plain, x, rounds) / layers}
+    times: Row = {"layers": layers, "plain_s": _seconds(driver, plain, x, rounds)[0] / layers}
     del plain, scratch
 
     linear = nn.Linear(WIDTH, WIDTH, bias=False, device="meta")
@@ -50,25 +53,28 @@ def host_times(device: torch.device, small: bool) -> Row:
     attachment = attach(
         model, device=device, location="shared", budget_bytes=1 << 40, compute_dtype=dtype, name="host"
     )
-    times["resident_s"] = _seconds(driver, model, x, rounds) / layers
+    times["resident_s"] = _seconds(driver, model, x, rounds)[0] / layers
     beside = attachment.fixed_bytes + attachment.scratch_bytes
     attachment.rebalance(beside + RING_LAYERS * max(layer.payload_bytes for layer in attachment.layers))
-    taken_s = _seconds(driver, model, x, rounds)
+    taken_s, done_s = _seconds(driver, model, x, rounds)
     swapped = sum(layer.resident is None for layer in attachment.layers)
     times["swapped_layers"] = swapped
     times["swapped_s"] = (taken_s - (layers - swapped) * times["resident_s"]) / swapped
+    times["until_done_s"] = done_s / layers
     attachment.detach()
     return times
 
 
 @torch.no_grad()
-def _seconds(driver: Device, model: nn.Module, x: Tensor, rounds: int) -> float:
-    """Median of the times in which the host issues one forward to an idle device, when plans are made."""
-    taken = []
+def _seconds(driver: Device, model: nn.Module, x: Tensor, rounds: int) -> tuple[float, float]:
+    """Medians of the times in which the host issues one forward to an idle device, when plans are made, and
+    in which the device has done it."""
+    issued, done = [], []
     for _ in range(2 * rounds):
         driver.synchronize()
         begun = time.perf_counter()
         model(x)
-        taken.append(time.perf_counter() - begun)
-    driver.synchronize()
-    return statistics.median(taken[rounds:])
+        issued.append(time.perf_counter() - begun)
+        driver.synchronize()
+        done.append(time.perf_counter() - begun)
+    return statistics.median(issued[rounds:]), statistics.median(done[rounds:])

@@ -85,6 +85,7 @@ def test_the_hosts_part_of_a_layer_is_measured(suite):
     row = result["host"]
     assert 0 < row["swapped_layers"] <= row["layers"]
     assert all(row[name] > 0 for name in ("plain_s", "resident_s", "swapped_s"))
+    assert row["until_done_s"] >= min(row["resident_s"], row["swapped_s"])
 
 
 def test_a_model_leaves_the_device_without_a_copy_and_comes_back(suite):

@@ -117,8 +117,8 @@ class _SixBitScalesInOrder(_SixBitNumbers):
         """What `HalfChunkUnpacker.unpack` takes, valid until the next call."""
         self.read(blocks)
         self.numbers.view(-1).copy_(self.both.view(torch.uint8).view(-1))
-        for halves, column in zip(self.halves, self.first.view(torch.float16).view(-1, 4).t(), strict=False):
-            halves.view(-1).copy_(column)
+        d_and_dmin = self.first.view(torch.float16).view(-1, 4)[:, :2]
+        self.halves.copy_(d_and_dmin.t()[:, :, None])
         self.halves[1].neg_()
         self.numbers.mul_(self.halves)
         scales, minima = self.numbers.view(2, 1, -1).unbind(0)
