@@ -127,7 +127,26 @@ def test_a_packed_convolution_computes_after_qswap_is_switched_off(forge, load):
         assert torch.equal(model(x), expected_of(model, file, x))
 
 
-def test_a_convolution_that_is_not_quantized_is_forges_own(forge, load):
+@pytest.mark.parametrize("location", ["Shared", "Disk"])
+def test_a_convolution_in_the_dtype_that_forge_chose_stays_in_the_file(forge, load, location, monkeypatch):
+    monkeypatch.setattr(forge.qswap("loading"), "_is_large", lambda packed: True)
+    forge.shared.opts.data["qswap_location"] = location
+    model = Convolutions(forge.operations.ForgeOperations.Conv2d, torch.float16)
+    file = load(model, *convolution_tensors("F16"))
+    x = torch.randn(1, 64, 8, 8).half()
+    expected = expected_of(model, file, x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+        patcher = patcher_of(forge, model, torch.float16)
+        forge.qswap("managed").load(SimpleNamespace(model=patcher, device=CPU), 1)
+        attachment = forge.qswap("managed").attachment_of(patcher.model)
+        assert [layer.quant for layer in attachment.layers] == ["F16", "F16"]
+        if location == "Disk":
+            assert [layer.home.kind for layer in attachment.layers] == ["disk", "disk"]
+        assert torch.equal(model(x), expected)
+
+
+def test_a_convolution_in_another_dtype_is_forges_own(forge, load):
     model = Convolutions(forge.operations.ForgeOperations.Conv2d)
     file = load(model, *convolution_tensors("F16"))
     assert type(model.first.weight) is torch.nn.Parameter

@@ -224,6 +224,13 @@ def test_a_message_is_told_once_and_kept(caplog):
     assert [record.message for record in caplog.records if "sky" in record.message] == ["The sky is falling."]
 
 
+def test_an_answer_to_what_the_user_does_is_logged_each_time_and_kept_once(caplog):
+    for text in ("on", "off", "on"):
+        ledger.message(f"QSwap is {text}.", "warning", again=True)
+    assert [record.message[:-1].split()[-1] for record in caplog.records] == ["on", "off", "on"]
+    assert [m["text"] for m in ledger.snapshot()["messages"]] == ["QSwap is off.", "QSwap is on."]
+
+
 def test_a_message_with_other_numbers_replaces_the_former_and_is_logged_where_they_differ_much(caplog):
     for megabytes in (1000, 990, 1010, 880, 790, 400):
         ledger.message(f"model: {megabytes} MB are too few; the largest layer takes 28.5.", "warning")

@@ -124,10 +124,10 @@ def _switch(on: bool) -> None:
     _drop_models()
     if on:
         _table.apply()
-        notices.notice("on: the model is loaded again")
+        notices.notice("on: the model is loaded again", again=True)
         return
     wrapped = _table.restore()
-    notices.notice("off: Forge manages the memory, the model is loaded again")
+    notices.notice("off: Forge manages the memory, the model is loaded again", again=True)
     for patch in wrapped:
         notices.notice(
             f"another extension has replaced {patch}; QSwap's part in it passes everything through", "debug"

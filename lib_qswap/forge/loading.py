@@ -172,9 +172,14 @@ def _load_plain_linear(original: Any, self: Any, state_dict: dict[str, Any], pre
 
 
 def _load_convolution(original: Any, self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Forge's convolutions copy into the weight that they were made with; a quantized one takes its place."""
+    """Forge's convolutions copy into the weight that they were made with. What is quantized takes its place,
+    and what is in the dtype that Forge chose: it need not be in RAM, the file has it."""
     weight = state_dict.get(prefix + "weight")
-    if isinstance(weight, PackedTensor) and weight.format.dtype is None and _fits(self, weight):
+    if (
+        isinstance(weight, PackedTensor)
+        and weight.format.dtype in (None, self.weight.dtype)
+        and _fits(self, weight)
+    ):
         _bind_weight(original, self, state_dict, prefix, *args)
         self.parameters_manual_cast = True  # For Forge: the weight is not what it is computed with.
     else:

@@ -33,12 +33,13 @@ def to_console(level: Level) -> None:
         ledger.log.propagate = False
 
 
-def notice(text: str, level: Level = "info", *, once: bool = False) -> None:
-    """Says one sentence. `once`: only the first time that this very sentence comes up since the start."""
+def notice(text: str, level: Level = "info", *, once: bool = False, again: bool = False) -> None:
+    """Says one sentence. `once`: only the first time that this very sentence comes up since the start;
+    `again`: each time, where else a sentence comes to the console once."""
     if once and text in _said:
         return
     _said.add(text)
-    ledger.message(text, level)
+    ledger.message(text, level, again=again)
 
 
 def fails_soft(fallback: R) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -41,10 +41,10 @@ def unregister(attachment: Attachment) -> None:
     _attachments.pop(attachment.serial, None)
 
 
-def message(text: str, level: str = "info") -> None:
+def message(text: str, level: str = "info", *, again: bool = False) -> None:
     """Tells the user something, once: in the log and in the page. The same sentence with other amounts of
     memory takes the place of the former one in the page, and is logged only where one of them differs by a
-    fifth from what was logged."""
+    fifth from what was logged. `again`: logged each time, an answer to what the user does."""
     words = _AMOUNT.sub("\0", text)
     amounts = [float(amount) for amount in _AMOUNT.findall(text)]
     with _lock:
@@ -53,7 +53,7 @@ def message(text: str, level: str = "info") -> None:
             _messages.remove(known)
         _messages.append({"t": time.time(), "level": level, "text": text})
         logged = _logged.get(words) if known is not None else None
-        if logged is not None and all(map(_close, logged, amounts)):
+        if not again and logged is not None and all(map(_close, logged, amounts)):
             return
         if len(_logged) > 4 * _MOST_MESSAGES:
             _logged.clear()
