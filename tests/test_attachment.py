@@ -176,6 +176,29 @@ def test_no_budget_means_what_is_free_less_room_for_activations(sim):
         assert attachment.state.streamer.ring_bytes == 0
 
 
+@pytest.mark.parametrize("computed", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["F16", "BF16", "F32"])
+def test_plain_weights_are_computed_with_where_they_lie_or_cast_on_the_device(
+    sim, compute_mode, name, computed
+):
+    model = torch.nn.Sequential(*(torch.nn.Linear(sm.WIDTH, sm.WIDTH, device="meta") for _ in range(4)))
+    for i, linear in enumerate(model):
+        weight = sm.packed_weight(name, (sm.WIDTH, sm.WIDTH), seed=i)
+        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        linear.bias = torch.nn.Parameter(torch.linspace(-1, 1, sm.WIDTH).to(computed), requires_grad=False)
+    x = torch.randn((8, sm.WIDTH), generator=torch.Generator().manual_seed(0)).to(computed)
+    expected = x
+    for linear in model:
+        expected = torch.nn.functional.linear(expected, linear.weight.dequantize(computed), linear.bias)
+    with attached(model, device=GPU, location="shared", budget_bytes=0, compute_dtype=computed) as attachment:
+        assert any(layer.resident is None for layer in attachment.layers)
+        assert (attachment.scratch_bytes == 0) == (model[0].weight.format.dtype == computed)
+        assert {layer.quant for layer in attachment.layers} == {name}
+        for _ in range(3):
+            assert torch.equal(model(x.to(GPU)).cpu(), expected)
+        assert attachment.state.scratch.nbytes == attachment.scratch_bytes
+
+
 # --------------------------------------------------------------------------------------------- several models
 def test_models_share_ring_and_scratch_and_each_keeps_its_budget(sim, compute_mode):
     first, second = sm.build(), sm.build(6, seed=1)

@@ -72,7 +72,7 @@ OPTIONS: Mapping[str, Option] = {
     "qswap_gpu_budget_mb": _megabytes(
         "GPU memory for weights (MB)",
         "0 = the free GPU memory less what the image needs, measured before each pass; less leaves "
-        "more to other programs",
+        "more to other programs; does not count for the location GPU",
     ),
     "qswap_pin_budget_mb": _megabytes(
         "Page-locked memory (MB)",

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from lib_qswap.swap.home import Home
 
 
+_COMPUTED_WITH = (torch.float16, torch.bfloat16, torch.float32)
+"""Dtypes of plain formats that layers can compute with as they are."""
+
+
 @dataclass(slots=True, eq=False)
 class Part:
     """One tensor of a layer's payload.
@@ -70,11 +74,20 @@ class Part:
         data = plain.reshape(-1).view(torch.uint8)
         return cls(name, offset_bytes, data.numel(), plain.shape, plain.dtype, None, data, None)
 
+    @property
+    def dtype_on_device(self) -> torch.dtype | None:
+        """Of the values as they lie in a payload; None where they have to be unpacked."""
+        if self.format is None:
+            return self.dtype
+        is_plain = self.format.dtype in _COMPUTED_WITH and self.format.scale == 1
+        return self.format.dtype if is_plain else None
+
     def view(self, payload: torch.Tensor) -> torch.Tensor:
-        """This part inside `payload` (uint8, flat, any device): a PackedTensor, or a plain tensor; nothing is
-        copied."""
+        """This part inside `payload` (uint8, flat, any device): a PackedTensor, or a plain tensor where its
+        values need no unpacking; nothing is copied."""
         data = payload[self.offset_bytes : self.offset_bytes + self.nbytes]
-        return self.wrap(data, None)
+        plain = self.dtype_on_device
+        return self.wrap(data, None) if plain is None else data.view(plain).view(self.shape)
 
     def wrap(self, data: torch.Tensor, source: FileSlice | None) -> torch.Tensor:
         """`data` (uint8, flat, `nbytes` long) as the tensor it stands for."""

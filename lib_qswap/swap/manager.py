@@ -135,8 +135,8 @@ class Attachment:
             weight, bias = parts.get("weight"), parts.get("bias")
             if weight is None:
                 continue
-            dtype = self.compute_dtype or (torch.float16 if weight.format is not None else weight.dtype)
-            if weight.format is not None or weight.dtype != dtype:
+            dtype = self.compute_dtype or weight.dtype_on_device or torch.float16
+            if weight.dtype_on_device != dtype:
                 nbytes = align(weight.shape.numel() * dtype.itemsize)
                 if bias is not None:
                     nbytes += bias.shape.numel() * max(dtype.itemsize, bias.dtype.itemsize)
