@@ -145,18 +145,17 @@ class BusyLinear(nn.Linear):
         if bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=False)
 
-    def unpack(self, packed: Tensor) -> Tensor:
+    def unpack(self, weight: Tensor) -> Tensor:
         self.busy(self.times.unpacking)
-        return packed.view(-1)[-READ_BYTES:].clone()
+        packed = weight.packed if isinstance(weight, PackedTensor) else weight
+        return packed.view(-1).view(torch.uint8)[-READ_BYTES:].clone()
 
     def multiply(self, unpacked: Tensor, x: Tensor) -> Tensor:
         self.busy(self.times.multiplying)
         return x + unpacked
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.data
-        packed = weight.packed if isinstance(weight, PackedTensor) else weight
-        return self.multiply(self.unpack(packed), x)
+        return self.multiply(self.unpack(self.weight.data), x)
 
 
 class Chain(nn.Module):
@@ -225,7 +224,7 @@ def lend_to_busy_layers(attachment: Attachment) -> None:
         def forward(x: Tensor, layer: Any = layer, module: BusyLinear = module) -> Tensor:
             lease = attachment.acquire(layer)
             try:
-                unpacked = module.unpack(lease.parts["weight"].packed)
+                unpacked = module.unpack(lease.parts["weight"])
             finally:
                 lease.release()
             return module.multiply(unpacked, x)
