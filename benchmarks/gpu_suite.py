@@ -213,6 +213,8 @@ class Suite:
     def _section(self, name: str, most_s: float) -> None:
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "part.json"
+            if self.arguments.small:  # No GPU's time is at stake, and the machine may be slow.
+                most_s *= 3
             limit_s = min(most_s, self.end_s - time.monotonic())
             options = ["--section", name, "--time-limit", f"{limit_s:.0f}", "--json", str(part)]
             self._child(name, [__file__, *self._options(), *options], limit_s)
