@@ -184,6 +184,7 @@ def test_plain_weights_are_computed_with_where_they_lie_or_cast_on_the_device(
     model = torch.nn.Sequential(*(torch.nn.Linear(sm.WIDTH, sm.WIDTH, device="meta") for _ in range(4)))
     for i, linear in enumerate(model):
         weight = sm.packed_weight(name, (sm.WIDTH, sm.WIDTH), seed=i)
+        weight = weight.with_dtype(weight.format.dtype)  # as from a file
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
         linear.bias = torch.nn.Parameter(torch.linspace(-1, 1, sm.WIDTH).to(computed), requires_grad=False)
     x = torch.randn((8, sm.WIDTH), generator=torch.Generator().manual_seed(0)).to(computed)

@@ -79,8 +79,8 @@ class Part:
         """Of the values as they lie in a payload; None where they have to be unpacked."""
         if self.format is None:
             return self.dtype
-        is_plain = self.format.dtype in _COMPUTED_WITH and self.format.scale == 1
-        return self.format.dtype if is_plain else None
+        is_plain = self.format.dtype == self.dtype and self.dtype in _COMPUTED_WITH and self.format.scale == 1
+        return self.dtype if is_plain else None
 
     def view(self, payload: torch.Tensor) -> torch.Tensor:
         """This part inside `payload` (uint8, flat, any device): a PackedTensor, or a plain tensor where its
