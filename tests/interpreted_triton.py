@@ -12,6 +12,7 @@ from lib_qswap.quant import kernel_check, kernels, multiply, multiply_lanes, mul
 from lib_qswap.quant.formats import FORMATS
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.quant.unpack import unpack, unpack_with_torch
+from lib_qswap.swap import inventory
 from lib_qswap.swap.manager import attach
 
 BLOCK_TYPES = [row for row in FORMATS.values() if row.unpack and row.dtype is None]
@@ -26,6 +27,14 @@ def triton_chosen():
     kernels.choose("Triton")
     yield
     kernels.choose("Auto")
+
+
+def number_of_blocks(format, scales: str) -> int:
+    """Two programs and a part, or every pair of edges where there are two scales. Each program takes time."""
+    if scales != "edge":
+        return 2 * TILE_ELEMENTS // format.block_elements + 3
+    edges = len(ggml_blocks.EDGE_SCALES) ** len(ggml_blocks.HALF_OFFSETS.get(format.name, (0,)))
+    return max(edges, TILE_ELEMENTS // format.block_elements) + 3
 
 
 def by_torch(format, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -57,9 +66,9 @@ def assert_same_bits(values: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("scales", ["any", "ordinary", "edge", "zero"])
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # to infinity, in fp16
 def test_values_are_those_of_torch_bit_for_bit_in_every_dtype(format, scales):
-    # Every pair of edges where there are two scales.
-    count = 14 * 14 if scales == "edge" else 2 * TILE_ELEMENTS // format.block_elements
-    packed = torch.from_numpy(ggml_blocks.random_blocks(format, count + 3, scales, seed=1))
+    packed = torch.from_numpy(
+        ggml_blocks.random_blocks(format, number_of_blocks(format, scales), scales, seed=1)
+    )
     for dtype in BITS:
         assert_same_bits(by_triton(format, packed, dtype), by_torch(format, packed, dtype))
 
@@ -71,7 +80,9 @@ def test_values_are_those_of_torch_bit_for_bit_in_every_dtype(format, scales):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_values_in_forges_arithmetic_are_those_of_torch_bit_for_bit(format, scales, dtype):
-    packed = torch.from_numpy(ggml_blocks.random_blocks(format, 14 * 14 + 3, scales, seed=1))
+    packed = torch.from_numpy(
+        ggml_blocks.random_blocks(format, number_of_blocks(format, scales), scales, seed=1)
+    )
     for out_dtype in BITS:
         values = torch.empty(len(packed), format.block_elements, dtype=out_dtype)
         assert kernels.unpack_with_triton(format, packed, values, dtype)
@@ -169,9 +180,14 @@ def largest_error(values: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", [*multiply_lanes.LANES, "IQ2_S", "IQ4_XS", "MXFP4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_product_of_few_tokens_is_at_least_as_accurate_as_one_with_the_unpacked_weight(name, dtype):
+def test_a_product_of_few_tokens_is_at_least_as_accurate_as_one_with_the_unpacked_weight(
+    name, dtype, monkeypatch
+):
+    # Their checks take longer than the products, and have a test of their own.
+    monkeypatch.setattr(kernel_check, "check_product", lambda *arguments: None)
+    monkeypatch.setattr(kernels, "_checked", set())
     generator = torch.Generator().manual_seed(0)
-    for tokens, rows, elements in ((1, 1, 256), (2, 7, 768), (1, 12, 1280)):
+    for tokens, rows, elements in ((1, 1, 256), (2, 3, 768), (1, 5, 1280)):
         weight = packed_weight(name, rows, elements)
         x = torch.randn((tokens, 1, elements), generator=generator).to(dtype)
         bias = torch.randn(rows, generator=generator)
@@ -191,9 +207,10 @@ def test_a_product_of_few_tokens_is_at_least_as_accurate_as_one_with_the_unpacke
         assert largest_error(values, exact) <= rounding
         if dtype != torch.float32:
             assert largest_error(values, exact) <= largest_error(unpacked, exact)
-        exact -= bias.double()
-        rounding = float(terms.max()) * 2.0**-22 + float(exact.abs().max()) * torch.finfo(dtype).eps
-        assert largest_error(multiply.product(weight, x, None), exact) <= rounding
+        if rows == 1:
+            exact -= bias.double()
+            rounding = float(terms.max()) * 2.0**-22 + float(exact.abs().max()) * torch.finfo(dtype).eps
+            assert largest_error(multiply.product(weight, x, None), exact) <= rounding
 
 
 def test_a_product_that_is_wrong_in_one_row_is_left_to_torch(monkeypatch):
@@ -288,7 +305,7 @@ def test_rows_whose_words_lie_askew_are_left_to_the_kernel_of_every_type(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_large_inputs_among_small_ones_cost_a_product_no_accuracy(name, dtype):
     generator = torch.Generator().manual_seed(0)
-    weight = packed_weight(name, 64, 1024)
+    weight = packed_weight(name, 16, 1024)
     x = torch.randn((1, 1024), generator=generator) * 0.05
     x[0, ::97] = 300
     x = x.to(dtype)
@@ -312,8 +329,9 @@ def test_inputs_and_biases_that_begin_anywhere_are_multiplied():
 
 
 @EVERY_TYPE
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "biased"), [(torch.bfloat16, True), (torch.float16, False), (torch.float32, True)]
+)
 def test_a_right_product_passes_its_check(format, dtype, biased):
     kernel = kernels.load(format)
     bias = torch.ones(8, dtype=dtype) if biased else None
@@ -349,6 +367,13 @@ def test_only_what_a_kernel_can_multiply_is_taken_from_torch():
     assert not multiply.serves(weight, torch.ones(1, 512))
 
 
+class SideBySide(torch.nn.ModuleList):
+    """One input for all layers: few rows, each of which takes the interpreter time."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in self], -1)
+
+
 @pytest.mark.parametrize("arithmetic", ["exact", "like Forge"])
 def test_a_layer_of_one_token_gives_the_same_bits_resident_and_swapped(arithmetic, monkeypatch):
     products = []
@@ -358,15 +383,16 @@ def test_a_layer_of_one_token_gives_the_same_bits_resident_and_swapped(arithmeti
         "product_with_triton",
         lambda format, *rest: products.append(format) or original(format, *rest),
     )
+    monkeypatch.setattr(inventory, "FIXED_BELOW_BYTES", 1024)
     x = torch.randn((1, 512), generator=torch.Generator().manual_seed(0)).bfloat16()
     outputs = []
     for budget_bytes in (1 << 30, 0):
-        layers = [torch.nn.Linear(*((512, 256), (256, 512))[nth % 2]) for nth in range(6)]
+        layers = [torch.nn.Linear(512, 8) for _ in range(6)]
         for layer in layers:
             packed = packed_weight("Q4_K", *layer.weight.shape)
             layer.weight = torch.nn.Parameter(packed, requires_grad=False)
             layer.bias = torch.nn.Parameter(torch.ones(layer.out_features), requires_grad=False)
-        model = torch.nn.Sequential(*layers)
+        model = SideBySide(layers)
         attachment = attach(
             model,
             device="cpu",

@@ -22,7 +22,7 @@ sys.path.append(str(BENCHMARKS))
 def run(device: str, path: Path, *options: str) -> dict:
     env = os.environ | {"QSWAP_CACHE": str(path.parent)}
     command = [sys.executable, str(SUITE), "--device", device, "--small", *options, "--json", str(path)]
-    subprocess.run(command, check=True, capture_output=True, timeout=800, env=env)
+    subprocess.run(command, check=True, capture_output=True, timeout=1800, env=env)
     return json.loads(path.read_text())
 
 

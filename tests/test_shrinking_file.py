@@ -19,7 +19,7 @@ def outcomes(tmp_path_factory):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,
     )
     lines = [line.partition(": ") for line in result.stdout.splitlines()]
     return {name: outcome for name, _, outcome in lines} | {"process": (result.returncode, result.stderr)}

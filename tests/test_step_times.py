@@ -25,7 +25,7 @@ MORE_AT_10_PERCENT = 0.07
 def run(*command: str | Path, cache: Path) -> None:
     environment = os.environ | {"QSWAP_CACHE": str(cache)}
     subprocess.run(
-        [sys.executable, *map(str, command)], check=True, capture_output=True, timeout=600, env=environment
+        [sys.executable, *map(str, command)], check=True, capture_output=True, timeout=1800, env=environment
     )
 
 
