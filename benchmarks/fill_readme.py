@@ -34,6 +34,7 @@ def forge_side_by_side() -> list[str]:
             if figures["same_images"]
             else "The images differ."
         ),
+        f"QSwap's rows without *exact* are *like Forge*. {figures['note']}",
         "",
         "| way | step | first image | after a new prompt | device peak | page-locked |",
         "|---|---|---|---|---|---|",
@@ -50,6 +51,11 @@ def forge_side_by_side() -> list[str]:
                 f"{row['second_image_s']:.1f} s | "
                 f"{gigabytes(row['device_peak_bytes'])} | {gigabytes(row['page_locked_bytes'])} |"
             )
+    lines += [
+        "",
+        "What Forge page-locks with Shared are copies that it then does not use: a GGUF's weights lie",
+        "elsewhere.",
+    ]
     return lines
 
 
@@ -69,7 +75,8 @@ def simulated_step() -> list[str]:
     figures = result("simulated_step")
     lines = [
         "A step of the demo model with part of it resident, on a simulated accelerator that computes on the",
-        "CPU, and the least that it can take, max(compute, swapped bytes / bandwidth):",
+        "CPU, and what max(compute, swapped bytes / bandwidth) amounts to with the compute of another step,",
+        "which varies by some percent:",
         "",
         "| from | resident | step | bound | ratio | waiting for weights |",
         "|---|---|---|---|---|---|",
@@ -239,8 +246,8 @@ def forge_gpu() -> list[str]:
     side = figures["pixels"]
     lines = [
         f"In Forge itself on an {environment['name']} (link of {link}), a Flux GGUF of {blocks}",
-        f"({gigabytes(model['transformer_bytes'])}, random weights), {side} x {side} pixels, "
-        f"{figures['steps']} steps. Those *like Forge* are",
+        f"({gigabytes(model['transformer_bytes'])}, random weights) with a {model['text_encoder']}, "
+        f"{side} x {side} pixels, {figures['steps']} steps. Those *like Forge* are",
         "Forge's images, pixel for pixel; those of *exact* by Triton are the same from everywhere, and",
         "PyTorch's differ from them in last digits.",
         "",
@@ -252,7 +259,8 @@ def forge_gpu() -> list[str]:
         lines.append(f"| **{head}** | | | | |")
         lines += [
             f"| {row['way']} | {row['step_s'] * 1e3:.0f} ms | {row['image_s']:.2f} s | "
-            f"{gigabytes(row['device_peak_bytes'])} | {gigabytes(row['page_locked_bytes'])} |"
+            f"{gigabytes(row['device_peak_bytes'])} | "
+            f"{gigabytes(row['page_locked_bytes']) or 'staging only'} |"
             for row in figures["rows"]
             if row["device"] == device
         ]
@@ -275,15 +283,31 @@ def filled(part: Callable[[], list[str]]) -> list[str]:
     return part() if (RESULTS / f"{part.__name__}.json").exists() else []
 
 
+def folded(summary: str, lines: list[str]) -> list[str]:
+    """Shown when somebody clicks on the summary."""
+    if not lines:
+        return []
+    return ["<details>", f"<summary>{summary}</summary>", "", *lines, "", "</details>"]
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     before, rest = text.split(START)
     _, after = rest.split(END)
-    forge = (forge_gpu, forge_side_by_side)
-    others = (step_times, one_token_layers, simulated_step, dequant_cpu, host_memory, planner)
-    written = [*map(filled, forge), gpu(), *map(filled, others)]
-    sections = ["\n".join(lines) for lines in written if lines]
+    parts = {
+        "In Forge": [*map(filled, (forge_gpu, forge_side_by_side))],
+        "On a GPU, without Forge": [folded("Unpacking by type, steps by location and budget", gpu())],
+        "Beside other programs, on a simulated accelerator": [
+            *map(filled, (step_times, one_token_layers, simulated_step))
+        ],
+        "Unpacking on a CPU": [filled(dequant_cpu)],
+        "RAM, and plans": [*map(filled, (host_memory, planner))],
+    }
+    sections = []
+    for heading, written in parts.items():
+        if any(written):
+            sections += [f"### {heading}", *("\n".join(lines) for lines in written if lines)]
     readme.write_text(f"{before}{START}\n" + "\n\n".join(sections) + f"\n{END}{after}", encoding="utf-8")
 
 

@@ -19,8 +19,18 @@ def gigabytes(nbytes: float | None) -> str:
 def tables(suite: Row, steps: Row) -> list[str]:
     """Lines; what a run that was cut off has not measured is not there. suite, steps: the two results."""
     parts = [_ceilings(suite), _unpacking(suite), _engine(suite), _errors(suite)]
-    parts += [_steps(case) for case in steps.get("cases", ()) if case["rows"]]
+    cases = [case for case in steps.get("cases", ()) if case["rows"]]
+    parts += [_BOUND] if cases else []
+    parts += [_steps(case) for case in cases]
     return [line for part in parts if part for line in (*part, "")][:-1]
+
+
+_BOUND = [
+    "The bound of a step is max(compute, swapped bytes / bandwidth): compute as in the row *all resident*,",
+    "the bandwidth that of the link or, where that is less, the rate at which this very row read its weights",
+    "from RAM or file; so bounds differ from row to row, and what is within 5 % of 1 is the run's noise.",
+    "A row's RAM includes what is page-locked.",
+]
 
 
 def _ceilings(suite: Row) -> list[str]:
@@ -47,6 +57,7 @@ def _unpacking(suite: Row) -> list[str]:
         "of the copy bandwidth, and of what a copy of as many bytes reaches, which is less for the smaller",
         "layers on a fast GPU; times faster than the chain of torch operations of other programs; and for a",
         "layer that sees one token the share of the copy bandwidth at which the packed weight is multiplied.",
+        "The chain was measured for three types.",
         "",
         "| | of copy bandwidth | of a copy of that size | times the chain | one token, of copy bandwidth |",
         "|---|---|---|---|---|",
@@ -80,8 +91,8 @@ def _engine(suite: Row) -> list[str]:
     if "swapped_s" in host:
         plain, resident, swapped = (host[f"{kind}_s"] * 1e6 for kind in ("plain", "resident", "swapped"))
         lines.append(
-            f"The host issues a layer in {plain:.1f} us where nothing swaps, {resident:.1f} us resident, "
-            f"{swapped:.1f} us swapped."
+            f"The host issues a layer in {plain:.1f} µs where nothing swaps, {resident:.1f} µs resident, "
+            f"{swapped:.1f} µs swapped."
         )
     if "switching" in engine:
         row = engine["switching"]
@@ -107,7 +118,8 @@ def _engine(suite: Row) -> list[str]:
 
 
 def _errors(suite: Row) -> list[str]:
-    """What was not measured, or not to the end, and what somebody who was there has to say (`notes`)."""
+    """What was not measured, or not to the end, and what somebody who was there has to say (`notes`; a case
+    of the steps has a `note` of its own)."""
     errors = suite.get("errors", {})
     lines = [f"Not measured to the end: {name} ({error})." for name, error in errors.items()]
     return lines + suite.get("notes", [])
@@ -131,6 +143,8 @@ def _steps(case: Row) -> list[str]:
         nbytes = [row[key] for key in ("peak_device_bytes", "page_locked_bytes", "rss_bytes")]
         lines.append(f"{start} | {row['step_s']:.3f} s | {bound} | {' | '.join(map(gigabytes, nbytes))} |")
     dense = [row for row in case["rows"] if "packed_over_dense" in row]
+    if "note" in case:
+        lines += ["", case["note"]]
     if dense:
         row = dense[0]
         lines += ["", f"All resident takes {row['packed_over_dense']:.3f} times {row['system']}."]

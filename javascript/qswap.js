@@ -12,6 +12,7 @@
     const ANSWER_TIMEOUT_MS = 10000;
     const LONGEST_WAIT_MS = 30000;
     const SCAN_DELAY_MS = 100;
+    const HIGHEST_HZ = 10;
 
     /** One poll of one server, shared by all panels that name it. */
     class Feed {
@@ -35,12 +36,14 @@
             }
         }
 
-        /** The rate of the fastest panel that is seen; 0 when none is. */
+        /** The rate that the host's settings give by now, else that of the fastest panel; 0 when none is seen. */
         hz() {
             if (document.visibilityState !== "visible") {
                 return 0;
             }
-            return Math.max(0, ...Array.from(this.panels, (panel) => (panel.seen ? panel.hz : 0)));
+            const setting = Number(this.snapshot?.settings?.qswap_panel_hz) || 0;
+            const chosen = Math.min(HIGHEST_HZ, Math.max(0, setting));
+            return Math.max(0, ...Array.from(this.panels, (panel) => (panel.seen ? chosen || panel.hz : 0)));
         }
 
         async ask() {

@@ -203,7 +203,8 @@ def serve_page(host: StandaloneHost, arguments: argparse.Namespace) -> None:
         from lib_qswap.standalone.app import serve
     except ImportError as error:
         raise UsageError(
-            f"the page needs {error.name}: `pip install 'qswap[demo]'`, or use --headless"
+            f"the page needs {error.name}: use --headless, or, in an environment of its own, "
+            "`pip install '.[demo]'`"
         ) from None
 
     def announce(url: str) -> None:

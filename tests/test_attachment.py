@@ -200,6 +200,21 @@ def test_plain_weights_are_computed_with_where_they_lie_or_cast_on_the_device(
         assert attachment.state.scratch.nbytes == attachment.scratch_bytes
 
 
+@pytest.mark.parametrize(("name", "casts"), [("F16", False), ("F32", True), ("Q8_0", True)])
+def test_without_a_compute_dtype_16_bits_are_reckoned_with(sim, compute_mode, name, casts):
+    linear = torch.nn.Linear(sm.WIDTH, sm.WIDTH, bias=False, device="meta")
+    weight = sm.packed_weight(name, (sm.WIDTH, sm.WIDTH))
+    if weight.format.dtype is not None:
+        weight = weight.with_dtype(weight.format.dtype)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    model = torch.nn.Sequential(linear)
+    x = torch.randn((8, sm.WIDTH), generator=torch.Generator().manual_seed(0)).half()
+    with attached(model, device=GPU, location="shared", budget_bytes=0) as attachment:
+        assert attachment.scratch_bytes == casts * sm.WIDTH * sm.WIDTH * 2
+        model(x.to(GPU))
+        assert attachment.state.scratch.nbytes == attachment.scratch_bytes
+
+
 # --------------------------------------------------------------------------------------------- several models
 def test_models_share_ring_and_scratch_and_each_keeps_its_budget(sim, compute_mode):
     first, second = sm.build(), sm.build(6, seed=1)

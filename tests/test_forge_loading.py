@@ -62,6 +62,9 @@ def load(forge, tmp_path):
     return into
 
 
+PLAIN = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
 class Convolutions(torch.nn.Module):
     def __init__(self, kind: type, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -74,7 +77,7 @@ class Convolutions(torch.nn.Module):
 
 def convolution_tensors(ggml_type: str) -> tuple[list[Tensor], dict[str, Value]]:
     first, second = values(256, 64, 3, 3), values(64, 256, 3, 3, seed=1)
-    flattened = None if ggml_type == "F16" else 576  # 256 * 64 * 3 * 3 / 256
+    flattened = None if ggml_type in PLAIN else 576  # 256 * 64 * 3 * 3 / 256
     tensors = [
         tensor("first.weight", first, ggml_type, flattened),
         tensor("first.bias", values(256), "F32"),
@@ -128,21 +131,28 @@ def test_a_packed_convolution_computes_after_qswap_is_switched_off(forge, load):
 
 
 @pytest.mark.parametrize("location", ["Shared", "Disk"])
-def test_a_convolution_in_the_dtype_that_forge_chose_stays_in_the_file(forge, load, location, monkeypatch):
+@pytest.mark.parametrize("ggml_type", PLAIN)
+def test_a_convolution_in_the_dtype_that_forge_chose_stays_in_the_file(
+    forge, load, location, ggml_type, monkeypatch
+):
+    dtype = PLAIN[ggml_type]
     monkeypatch.setattr(forge.qswap("loading"), "_is_large", lambda packed: True)
     forge.shared.opts.data["qswap_location"] = location
-    model = Convolutions(forge.operations.ForgeOperations.Conv2d, torch.float16)
-    file = load(model, *convolution_tensors("F16"))
-    x = torch.randn(1, 64, 8, 8).half()
+    model = Convolutions(forge.operations.ForgeOperations.Conv2d, dtype)
+    file = load(model, *convolution_tensors(ggml_type))
+    x = torch.randn(1, 64, 8, 8).to(dtype)
     expected = expected_of(model, file, x)
     with torch.inference_mode():
         assert torch.equal(model(x), expected)
-        patcher = patcher_of(forge, model, torch.float16)
+        patcher = patcher_of(forge, model, dtype)
         forge.qswap("managed").load(SimpleNamespace(model=patcher, device=CPU), 1)
         attachment = forge.qswap("managed").attachment_of(patcher.model)
-        assert [layer.quant for layer in attachment.layers] == ["F16", "F16"]
+        assert [layer.quant for layer in attachment.layers] == [ggml_type] * 2
         if location == "Disk":
             assert [layer.home.kind for layer in attachment.layers] == ["disk", "disk"]
+        assert torch.equal(model(x), expected)
+        forge.qswap("managed").release_all()
+        forge.table.restore()
         assert torch.equal(model(x), expected)
 
 

@@ -13,8 +13,9 @@ import swap_models as sm
 import torch
 from gguf_writer import Tensor, gguf_bytes
 
+from lib_qswap.quant import kernels
 from lib_qswap.quant.gguf_file import GGUFError
-from lib_qswap.swap import adaptation, inventory
+from lib_qswap.swap import adaptation, inventory, ledger
 from lib_qswap.swap.device import device_of
 
 pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("engine")]
@@ -148,11 +149,16 @@ def test_what_forge_reserves_and_does_not_need_is_lent_to_residents(small_gpu):
     assert attachment.device.memory_bytes()[0] >= 440 * MB
 
 
-@pytest.mark.parametrize(("image_mb", "reserve_mb"), [(10, 390), (10, 440), (380, 390)])
+@pytest.mark.parametrize(
+    ("image_mb", "reserve_mb", "margin_mb"),
+    # With the last one the budget of the next image differs by more than what residents do not move for.
+    [(10, 390, 64), (10, 440, 64), (380, 390, 64), (10, 440, 4)],
+)
 def test_what_residents_gave_back_for_the_allocator_is_not_taken_for_the_next_image(
-    small_gpu, monkeypatch, image_mb, reserve_mb
+    small_gpu, monkeypatch, image_mb, reserve_mb, margin_mb
 ):
     monkeypatch.setattr(adaptation, "CROWDED_BYTES", 8 * MB)
+    monkeypatch.setattr(small_gpu.qswap("memory"), "MARGIN_BYTES", margin_mb * MB)
     patcher = patcher_of(small_gpu)
     sample(small_gpu, patcher, image_mb=image_mb, reserve_mb=reserve_mb)
     attachment = small_gpu.qswap("managed").attachment_of(patcher.model)
@@ -220,6 +226,33 @@ def test_a_limit_that_the_user_set_is_not_passed_by_lending(small_gpu):
     attachment = small_gpu.qswap("managed").attachment_of(patcher.model)
     assert attachment.budget_bytes == 40 * MB
     assert attachment.grown_bytes == 0
+
+
+@pytest.mark.parametrize("device", ["vulkan", "cpu"])  # torch has no module for the first, as for DirectML's
+def test_a_model_on_a_device_that_qswap_cannot_serve_is_loaded_by_forge(small_gpu, device):
+    memory, managed = small_gpu.qswap("memory"), small_gpu.qswap("managed")
+    loaded, freed = [], []
+    patcher = small_gpu.patcher_of(Network(small_gpu.operations), torch.float32, torch.device(device))
+    memory._load_models_gpu(lambda models, *rest: loaded.append(models), [patcher], 16 * MB)
+    memory._free_memory(lambda *arguments: freed.append(arguments), 16 * MB, torch.device(device))
+    managed.attach_engine(SimpleNamespace(forge_objects=SimpleNamespace(unet=patcher)))
+    assert loaded == [[patcher]]
+    assert len(freed) == 1
+    assert not managed.wants_care(patcher)
+    assert managed.attachment_of(patcher.model) is None
+    (reason,) = [entry["reason"] for entry in ledger.snapshot()["models"] if "reason" in entry]
+    expected = (
+        "computed on the CPU" if device == "cpu" else "PyTorch gives no control over the memory of vulkan"
+    )
+    assert reason.startswith(expected)
+
+
+def test_why_a_gpu_unpacks_slowly_is_said_once(small_gpu, monkeypatch):
+    monkeypatch.setattr(kernels, "could_be_faster", lambda device_type: f"slowly on {device_type}")
+    patcher = patcher_of(small_gpu)
+    for _ in range(2):
+        small_gpu.qswap("managed").attach_engine(SimpleNamespace(forge_objects=SimpleNamespace(unet=patcher)))
+    assert sm.messages().count("slowly on simgpu") == 1
 
 
 def test_a_file_that_shrinks_while_its_model_is_placed_ends_the_generation_alone(

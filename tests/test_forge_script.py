@@ -126,6 +126,15 @@ def test_switching_on_loads_the_model_again_too(forge):
     assert forge.sd_models.loads == 2
 
 
+def test_each_switching_is_said_in_the_console(loaded, capsys):
+    loaded.generate()
+    for on in (False, True, False):
+        loaded.shared.opts.set("qswap_enabled", on)
+        capsys.readouterr()
+        loaded.generate()
+        assert f"[QSwap] {'on' if on else 'off'}: " in capsys.readouterr().out
+
+
 def test_a_request_can_switch_qswap_off_for_itself(loaded):
     seen = []
     loaded.generate(override_settings={"qswap_enabled": False}, during=lambda p: seen.append(is_on(loaded)))

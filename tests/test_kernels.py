@@ -200,11 +200,17 @@ def test_a_device_that_triton_does_not_serve_is_torchs_silently_unless_triton_wa
 def test_without_a_triton_that_is_new_enough_torch_unpacks_on_a_gpu(broken):
     code = (
         f"import sys, types; sys.modules['triton'] = {broken};"
-        "from lib_qswap.quant import kernels; print(kernels.in_use('cuda'), kernels.why_not_triton('cuda'))"
+        "from lib_qswap.quant import kernels; print(kernels.in_use('cuda'), kernels.why_not_triton('cuda'));"
+        "print(kernels.could_be_faster('cuda')); print(kernels.could_be_faster('mps'));"
+        "kernels.choose('Torch'); print(kernels.could_be_faster('cuda'))"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert answer.startswith("Torch ")
-    assert ("cannot be imported" in answer) or ("2.3.1 is too old" in answer)
+    why, hint, *others = answer.splitlines()
+    assert why.startswith("Torch ")
+    assert ("cannot be imported" in why) or ("2.3.1 is too old" in why)
+    assert why.removeprefix("Torch ") in hint
+    assert "Version 3.2 or newer is needed" in hint
+    assert others == ["None", "None"], "nothing can be done on Metal, nor against the user's choice"
 
 
 def test_importing_the_package_and_unpacking_on_the_cpu_does_not_import_triton():

@@ -415,6 +415,17 @@ def test_two_panels_share_one_poll(serve, host, page):
         )  # the cell, the legend
 
 
+def test_another_rate_in_the_settings_counts_at_once(serve, host, page, monkeypatch):
+    settings = {"qswap_panel_hz": 2.0}
+    original = host.snapshot
+    monkeypatch.setattr(host, "snapshot", lambda: {**original(), "settings": dict(settings)})
+    page.goto(serve(host).url)
+    expect(page.locator(CELLS)).to_have_count(304)
+    assert 0 < polls_during(host, 2.0) <= 5, "not as often as the page was made for"
+    settings["qswap_panel_hz"] = 10.0
+    wait_until(lambda: polls_during(host, 1.0) >= 6)
+
+
 def test_after_the_first_answer_only_what_changes_is_sent(serve, host, page):
     sizes: list[int] = []
     page.on("response", lambda r: "residency" in r.url and sizes.append(int(r.headers["content-length"])))

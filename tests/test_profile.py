@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import swap_models as sm
 import torch
 from swap_models import messages
 
@@ -12,7 +13,7 @@ from lib_qswap.swap.device import Device, device_of
 from lib_qswap.swap.layer import LayerTimes, Measured
 from lib_qswap.swap.manager import attached
 from lib_qswap.swap.planner import Plan
-from lib_qswap.swap.profile import KEPT_WORKS, Profile, gain, work_of
+from lib_qswap.swap.profile import ASSUMED_UNPACKING, KEPT_WORKS, Profile, costs, gain, work_of
 
 GPU = "simgpu:0"
 COUNT = 16
@@ -152,6 +153,15 @@ def test_a_plan_that_saves_one_percent_of_a_step_is_worth_moving_for_and_a_quart
 
 
 @pytest.mark.simgpu
+@pytest.mark.parametrize(("name", "share"), [("Q8_0", ASSUMED_UNPACKING), ("F16", 1.0)])
+def test_what_is_computed_with_where_it_lies_is_taken_to_be_read_as_long_as_it_computes(name, share):
+    linear = torch.nn.Linear(256, 256, bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(sm.packed_weight(name, (256, 256)).with_dtype(torch.float16), False)
+    with attached(torch.nn.Sequential(linear), device="cpu", location="cpu") as attachment:
+        (cost,) = costs(attachment.layers)
+    assert cost.read_s == pytest.approx(cost.compute_s * share)
+
+
 def test_a_device_whose_events_tell_no_times_is_not_measured(halves, monkeypatch):
     model, attachment = halves
     monkeypatch.setattr(type(attachment.device), "has_clock", False)

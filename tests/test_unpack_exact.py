@@ -245,13 +245,16 @@ def test_temporaries_stay_within_their_limit_on_an_accelerator(dtype, arithmetic
 @pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])
 @pytest.mark.parametrize("scale", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("position", [0, 1], ids=["d", "dmin"])
-def test_a_scale_that_is_no_number_spoils_its_own_block_alone(name, scale, position, small_chunks):
-    blocks = ggml_blocks.random_blocks(FORMATS[name], 14 * 14 + 3, "any")
-    blocks[100].view(np.float16)[position] = scale
+@pytest.mark.parametrize(
+    "bad", [100, 900]
+)  # in the first chunks whose scales are unpacked at once, and later
+def test_a_scale_that_is_no_number_spoils_its_own_block_alone(name, scale, position, bad, small_chunks):
+    blocks = ggml_blocks.random_blocks(FORMATS[name], 1003, "any")
+    blocks[bad].view(np.float16)[position] = scale
     expected = unpacked(FORMATS[name], blocks)
-    assert not expected[100].isfinite().any()
-    assert expected[:100].isfinite().all()
-    assert expected[101:].isfinite().all()
+    assert not expected[bad].isfinite().any()
+    assert expected[:bad].isfinite().all()
+    assert expected[bad + 1 :].isfinite().all()
     values = unpacked(FORMATS[name], blocks, torch.float16)
     assert torch.equal(values.isnan(), expected.isnan())
     assert torch.equal(values.nan_to_num(nan=0), expected.half().nan_to_num(nan=0))
@@ -265,6 +268,41 @@ def test_where_torch_cannot_scale_rows_the_values_are_the_same(name, small_chunk
     monkeypatch.setattr(unpack_cpu, "can_scale_rows", unpack_cpu.can_scale_rows.__wrapped__)
     assert not unpack_cpu.can_scale_rows()
     assert_same_bits(unpacked(FORMATS[name], blocks, torch.float16), quick)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])
+def test_where_torch_scales_rows_less_precisely_it_is_not_asked_to(name, small_chunks, monkeypatch):
+    blocks = ggml_blocks.random_blocks(FORMATS[name], 14 * 14 + 3, "edge")
+    quick = unpacked(FORMATS[name], blocks, torch.float16)
+    original = torch.native_batch_norm
+
+    def in_fp16(rows, scale, *rest, out):
+        original(rows, scale * 1.0001, *rest, out=out)
+
+    monkeypatch.setattr(torch, "native_batch_norm", in_fp16)
+    monkeypatch.setattr(unpack_cpu, "can_scale_rows", unpack_cpu.can_scale_rows.__wrapped__)
+    assert not unpack_cpu.can_scale_rows()
+    assert_same_bits(unpacked(FORMATS[name], blocks, torch.float16), quick)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_is_of_no_account(name, dtype, small_chunks, monkeypatch):
+    """Other programs set it while they make a model."""
+    blocks = ggml_blocks.random_blocks(FORMATS[name], 14 * 14 + 3, "any")
+    expected = unpacked(FORMATS[name], blocks, torch.float16)
+    monkeypatch.setattr(unpack_cpu, "can_scale_rows", unpack_cpu.can_scale_rows.__wrapped__)
+    calls, original = [], torch.native_batch_norm
+    monkeypatch.setattr(
+        torch, "native_batch_norm", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    )
+    torch.set_default_dtype(dtype)
+    try:
+        values = unpacked(FORMATS[name], blocks, torch.float16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_bits(values, expected)
+    assert len(calls) > 2, "the slower way was taken"
 
 
 def _not_implemented(*args, **kwargs):

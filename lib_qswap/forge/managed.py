@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
+from lib_qswap.quant import kernels
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap import ledger
 from lib_qswap.swap.conditioning import FLUX, SD3, Conditioning
-from lib_qswap.swap.device import device_of, give_back_freed_ram
+from lib_qswap.swap.device import device_of, give_back_freed_ram, has_module
 from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.manager import Attachment
 
-from . import positions, settings
+from . import notices, positions, settings
 
 _attachments: weakref.WeakKeyDictionary[torch.nn.Module, Attachment] = weakref.WeakKeyDictionary()
 _layers: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Attachment, Layer]] = weakref.WeakKeyDictionary()
@@ -69,8 +70,10 @@ def attach_engine(engine: Any) -> None:
     they run."""
     give_back_freed_ram()  # The earlier checkpoint's, and what loading this one took.
     for patcher in _patchers(engine):
-        if patcher.load_device.type != "cpu" and has_packed_weights(patcher.model):
+        if not why_not_served(patcher.load_device) and has_packed_weights(patcher.model):
             attachment_for(patcher)
+            if text := kernels.could_be_faster(patcher.load_device.type):
+                notices.notice(text, once=True)
 
 
 def note_progress(engine: Any, step: int, of: int) -> None:
@@ -238,9 +241,16 @@ def release_all() -> None:
         release(attachment, model)
 
 
+def why_not_served(device: torch.device) -> str | None:
+    """Why models that compute on `device` are left to Forge; None: they need not be."""
+    if device.type == "cpu":
+        return "computed on the CPU: nothing is swapped"
+    return None if has_module(device) else f"PyTorch gives no control over the memory of {device}"
+
+
 def wants_care(patcher: Any) -> bool:
     """Whether QSwap serves this model whether or not it fits."""
-    if patcher.load_device.type == "cpu" or patcher.model in _refused:
+    if why_not_served(patcher.load_device) or patcher.model in _refused:
         return False
     return patcher.model in _attachments or has_packed_weights(patcher.model)
 

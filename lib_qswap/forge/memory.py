@@ -136,7 +136,7 @@ def _make_room(need_bytes: float, device: torch.device, keep: Sequence[Any]) -> 
         if attachment is not None and not attachment.device_bytes():
             continue
         index = next(i for i, loaded in enumerate(mm.current_loaded_models) if loaded is other)
-        print(f"[QSwap] unloads {type(other.model.model).__name__} to make room")
+        ledger.log.info("unloads %s to make room", type(other.model.model).__name__)
         mm.current_loaded_models.pop(index).model_unload()
         mm.soft_empty_cache()
 
@@ -167,7 +167,7 @@ def _free_memory(
 ) -> None:
     from backend import memory_management as mm
 
-    if device.type == "cpu":
+    if managed.why_not_served(device):
         original(memory_required, device, list(keep_loaded), free_all)
         return
     _drop_abandoned([])
@@ -189,10 +189,13 @@ def _load_models_gpu(
 
     for patcher in models:
         _check_files(patcher)
-    on_cpu = [patcher for patcher in models if patcher.load_device.type == "cpu"]
-    for patcher in on_cpu:
-        ledger.note_unmanaged(type(patcher.model).__name__, "computed on the CPU: nothing is swapped")
-    if on_cpu or mm.vram_state == mm.VRAMState.HIGH_VRAM:
+    reasons = {
+        type(patcher.model).__name__: managed.why_not_served(patcher.load_device) for patcher in models
+    }
+    not_served = {name: reason for name, reason in reasons.items() if reason}
+    for name, reason in not_served.items():
+        ledger.note_unmanaged(name, reason)
+    if not_served or mm.vram_state == mm.VRAMState.HIGH_VRAM:
         original(models, memory_required, hard_memory_preservation)
         return
     started = time.perf_counter()
@@ -215,7 +218,7 @@ def _load_models_gpu(
         _report_shortage(device, inference - MARGIN_BYTES)
     if (took := time.perf_counter() - started) > 0.1:
         names = ", ".join(type(patcher.model).__name__ for patcher in models)
-        print(f"[QSwap] placing {names} took {took:.2f} s")
+        ledger.log.info("placing %s took %.2f s", names, took)
 
 
 def _check_files(patcher: Any) -> None:

@@ -65,8 +65,9 @@ OPTIONS: Mapping[str, Option] = {
         "Auto",
         "Swap location",
         "where weights that do not fit into the GPU wait: Shared is page-locked RAM and the fastest, CPU is "
-        "ordinary RAM, Disk is the model file itself; Auto takes Shared, then CPU, then Disk as far as each "
-        "reaches; GPU keeps as much as fits on the device and swaps the rest as Auto",
+        "ordinary RAM, Disk is the GGUF file itself; Auto takes Shared, then CPU, then Disk as far as each "
+        "reaches; GPU is Auto without regard to the limit below; as many layers as fit stay on the GPU with "
+        "each of them",
         choices=("Auto", "GPU", "Shared", "CPU", "Disk"),
     ),
     "qswap_gpu_budget_mb": _megabytes(
@@ -113,7 +114,10 @@ OPTIONS: Mapping[str, Option] = {
         2.0, "Updates of the panel per second", "while the panel is open", minimum=0.1, maximum=10
     ),
     "qswap_log_level": Option(
-        "info", "Messages in the console", "the panel shows them all", choices=notices.LEVELS
+        "info",
+        "Messages in the console",
+        "how much is said there; the panel shows the latest, whatever the level",
+        choices=notices.LEVELS,
     ),
 }
 

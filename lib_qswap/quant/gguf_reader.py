@@ -19,7 +19,7 @@ from .mapped_file import GGUFError, MappedFile
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY, UINT32 = 8, 9, 4
 
-MAX_HEADER_BYTES = 256 << 20
+MAX_HEADER_BYTES = 64 << 20
 MAX_ARRAY_DEPTH = 4
 
 # What a header may consist of, weighed by the time that each takes: a string of an array counts 1, a nested
@@ -35,9 +35,15 @@ _KEPT_BYTES = 1 << 16
 _KEPT_BYTES_IN_ALL = 4 << 20
 _BYTES_PER_KEPT_ITEM = 256  # counted for each item of an array beside its bytes in the file
 
-# A window of the file's bytes: small at first and after a jump, doubled as long as one follows the other.
+# A window of the file's bytes: small at first and after a jump by many, doubled as long as one follows the
+# other.
 _SMALLEST_WINDOW_BYTES = 1 << 12
 _LARGEST_WINDOW_BYTES = 1 << 17
+_JUMP = 16
+
+# A table of all strings of a window pays where the first ones in it are short.
+_STRINGS_LOOKED_AT = 32
+_SHORT_BYTES = 160
 
 _LENGTH_BYTES = 8
 
@@ -132,7 +138,7 @@ class Reader:
             return start
         self.need(nbytes, field)
         size = _SMALLEST_WINDOW_BYTES
-        if start < 2 * self._window_bytes:
+        if start < _JUMP * self._window_bytes:
             size = max(size, min(2 * self._window_bytes, _LARGEST_WINDOW_BYTES))
         size = min(max(nbytes, size), self._end - self.position)
         if size > len(self._window):
@@ -248,11 +254,19 @@ class Reader:
         length_at = self._numbers["Q"].unpack_from
         strings = iter(range(count))
         while True:
-            window, strides = self._window, self._strides_in_window()
-            index = self.position - self._window_start
+            window, last = self._window, self._window_bytes - _LENGTH_BYTES
+            index = start = self.position - self._window_start
+            strides = b""
             try:
+                for nth, _ in enumerate(strings, 1):
+                    if index > last:
+                        raise IndexError
+                    index += _LENGTH_BYTES + length_at(window, index)[0]
+                    if nth == _STRINGS_LOOKED_AT and index - start < nth * _SHORT_BYTES:
+                        strides = self._strides_in_window()
+                        break
                 # A vocabulary has a quarter of a million strings: nothing but this for most of them.
-                for _ in strings:
+                for _ in strings if strides else ():
                     index += strides[index] or _LENGTH_BYTES + length_at(window, index)[0]
             except (IndexError, struct.error, OverflowError):
                 # The window ends before this string's length does.

@@ -77,6 +77,20 @@ def why_not_triton(device_type: str) -> str | None:
     return None
 
 
+def could_be_faster(device_type: str) -> str | None:
+    """For people: why Triton, which compiles for devices of this type, unpacks nothing although it may; None:
+    it does, it cannot, or the user has chosen one."""
+    reason = why_not_triton(device_type) if _choice == "Auto" and device_type in _SERVED else None
+    if reason is None:
+        return None
+    oldest = ".".join(map(str, _OLDEST_TRITON))
+    return (
+        f"Triton does not unpack here: {reason}. PyTorch's own operations do it, several times slower."
+        f" Version {oldest} or newer is needed; it comes with PyTorch 2.6 on Linux, and for Windows as"
+        " triton-windows."
+    )
+
+
 def unpack_with_triton(
     format: Format, packed: Tensor, out: Tensor, dtype: torch.dtype = torch.float32
 ) -> bool:

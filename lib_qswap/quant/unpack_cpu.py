@@ -95,7 +95,7 @@ class HalfChunkUnpacker(ChunkUnpacker):
         self.planes_of_bytes = self.bytes.view(self.planes, -1, self.width).unbind(0)
         self.planes_of_widened = widened.view(-1, self.planes, self.width).unbind(1)
         self.subnormals = widened.view(torch.float16).view(1, -1, self.width)
-        self.variance = torch.ones(self.subnormals.shape[1])
+        self.variance = torch.ones(self.subnormals.shape[1], dtype=torch.float32)
 
     def planes_of_values(self, values: Tensor) -> Sequence[Tensor]:
         return (values.view(self.subnormals.shape),)
@@ -110,7 +110,7 @@ class HalfChunkUnpacker(ChunkUnpacker):
         scaled_rows(self.subnormals, scale, minimum, mean, self.variance, values[0])
 
 
-_NO_STATISTICS = torch.empty(0)
+_NO_STATISTICS = torch.empty(0, dtype=torch.float32)
 
 
 def scaled_rows(
@@ -139,11 +139,12 @@ def can_scale_rows() -> bool:
     numbers = torch.randint(0, 256, (1, 64, 32), dtype=torch.int16, generator=generator)
     scale, offset = torch.randn((2, 64), generator=generator).half().float().unbind(0)
     offset[::3] = -0.0
-    mean, out = torch.empty(64), torch.empty((1, 64, 32), dtype=torch.float16)
+    mean, variance = torch.ones((2, 64), dtype=torch.float32).unbind(0)
+    out = torch.empty((1, 64, 32), dtype=torch.float16)
     unit = HalfChunkUnpacker.UNIT
     means(scale, mean)
     try:
-        scaled_rows(numbers.view(torch.float16), scale * unit, offset, mean, torch.ones(64), out)
+        scaled_rows(numbers.view(torch.float16), scale * unit, offset, mean, variance, out)
     except (RuntimeError, TypeError):
         return False
     expected = (numbers.float() * scale[:, None] + offset[:, None]).half()

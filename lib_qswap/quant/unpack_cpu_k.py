@@ -110,7 +110,7 @@ class _SixBitScalesInOrder(_SixBitNumbers):
         super().__init__(n)
         self.halves = torch.empty((2, n, 1), dtype=torch.float32)
         self.numbers = torch.empty((2, n, 8), dtype=torch.float32)
-        self.units = torch.tensor(units).repeat(4 * n)
+        self.units = torch.tensor(units, dtype=torch.float32).repeat(4 * n)
         self.means = torch.empty((1, 8 * n), dtype=torch.float32)
 
     def __call__(self, blocks: Tensor) -> tuple[Tensor, ...] | None:

@@ -59,6 +59,11 @@ class HostEvent:
         return (later._at - self._at) * 1e3
 
 
+def has_module(device: torch.device) -> bool:
+    """Whether torch has a module that drives devices of this kind: DirectML's have none."""
+    return device.type in ("cpu", "meta") or getattr(torch, device.type, None) is not None
+
+
 class Device:
     """One device and the torch module that drives it (torch.cuda, torch.xpu, …).
 
@@ -69,7 +74,7 @@ class Device:
 
     def __init__(self, device: torch.device) -> None:
         module: Any = getattr(torch, device.type, None)
-        if device.type not in ("cpu", "meta") and module is None:
+        if not has_module(device):
             raise ValueError(f"torch has no module for the device {device}")
         if device.type not in ("cpu", "mps") and device.index is None:
             device = torch.device(device.type, module.current_device())

@@ -135,8 +135,13 @@ class Attachment:
             weight, bias = parts.get("weight"), parts.get("bias")
             if weight is None:
                 continue
-            dtype = self.compute_dtype or weight.dtype_on_device or torch.float16
-            if weight.dtype_on_device != dtype:
+            own = weight.dtype_on_device
+            dtype = self.compute_dtype
+            if dtype is None:
+                # What comes from a file of quantized weights is computed with in 16 bits.
+                is_usual = weight.format is None or (own is not None and own.itemsize == 2)
+                dtype = own if own is not None and is_usual else torch.float16
+            if own != dtype:
                 nbytes = align(weight.shape.numel() * dtype.itemsize)
                 if bias is not None:
                     nbytes += bias.shape.numel() * max(dtype.itemsize, bias.dtype.itemsize)

@@ -137,7 +137,7 @@ def _times(layer: Layer) -> Measured:
     if layer.times.measured is not None:
         return layer.times.measured
     compute_s = 2 * layer.elements * ASSUMED_TOKENS / ASSUMED_FLOPS
-    is_packed = any(part.format is not None for part in layer.parts)
+    is_packed = any(part.dtype_on_device is None for part in layer.parts)
     return Measured(compute_s, compute_s * ASSUMED_UNPACKING if is_packed else compute_s)
 
 
