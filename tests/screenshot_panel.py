@@ -30,6 +30,11 @@ def picture(page: Page, url: str, path: Path) -> None:
     page.wait_for_timeout(1500)
     box = panel.bounding_box()
     assert box is not None
+    title = page.locator(":text('QSwap memory'):visible").first
+    above = title.bounding_box() if title.count() else None
+    if above is not None and above["y"] < box["y"]:
+        box["height"] += box["y"] - above["y"]
+        box["y"] = above["y"]
     page.screenshot(
         path=path,
         full_page=True,
