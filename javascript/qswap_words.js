@@ -126,7 +126,9 @@
     function verdict(snapshot) {
         const models = list(snapshot.models);
         const device = deviceWord(snapshot);
-        const model = models.find((each) => each.active && isManaged(each) && list(each.layers).length > 0);
+        const active = models.filter((each) => each.active && isManaged(each) && list(each.layers).length > 0);
+        // A text encoder keeps residents while the transformer runs: the one that ran last is meant.
+        const model = active.reduce((last, each) => (last && !(each.used_at > last.used_at) ? last : each), null);
         if (!model) {
             return {
                 tone: "idle",

@@ -37,6 +37,8 @@ def test_a_snapshot_is_json_and_has_what_the_page_needs(sim):
         model, device=GPU, location="shared", budget_bytes=budget, name="Mine", **F32
     ) as attachment:
         attachment.run.begin(5)
+        assert only_model()["used_at"] == 0
+        begun = time.time()
         for _ in range(3):
             sm.run(model, GPU)
         attachment.state.streamer.timeline.collect()
@@ -45,6 +47,7 @@ def test_a_snapshot_is_json_and_has_what_the_page_needs(sim):
         assert snapshot["device"] == "simgpu:0"
         (entry,) = snapshot["models"]
         assert (entry["name"], entry["active"]) == ("Mine", True)
+        assert begun <= entry["used_at"] <= time.time()
         assert entry["step"]["index"] == 3
         assert entry["step"]["of"] == 5
         assert entry["step"]["seconds"] >= entry["step"]["compute_s"] > 0
@@ -77,6 +80,18 @@ def test_a_snapshot_is_json_and_has_what_the_page_needs(sim):
         assert memory["weights"] == pytest.approx(sim.memory_allocated(), abs=512 * 30)
         assert memory["total"] == 2048 << 20
         assert memory["weights"] + memory["other"] + memory["free"] == memory["total"]
+
+
+def test_a_resident_is_not_said_to_be_waited_for_once_it_is_there(sim, virtual_time):
+    sim.set_bandwidth(h2d=1e6)
+    model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(4))).requires_grad_(False)
+    with attached(model, device=GPU, location="shared", budget_bytes=1 << 30), torch.inference_mode():
+        for _ in range(3):
+            model(torch.ones(2, 256, device=GPU))
+        entry = only_model()
+        assert entry["bytes"]["swapped_per_step"] == 0
+        assert ledger.attachments()[0].layers[0].times.stall_s > 0.1, "they were, when they came"
+        assert {layer["stall_us"] for layer in entry["layers"]} == {0}
 
 
 def test_without_models_a_snapshot_is_empty_and_json():

@@ -190,6 +190,17 @@ def test_the_first_line_says_what_is_on_the_gpu_what_travels_and_whether_it_stal
     expect(page.locator(".qswap-model[open] .qswap-figure-stall")).to_have_class(re.compile("qswap-bad"))
 
 
+def test_the_first_line_is_of_the_model_that_ran_last(serve, host, page):
+    main, encoder = host._main_model, host._encoder_model
+    used_at = {"main": 2.0, "encoder": 1.0}
+    host._main_model = lambda now: {**main(now), "used_at": used_at["main"]}
+    host._encoder_model = lambda: {**encoder(), "active": True, "used_at": used_at["encoder"]}
+    page.goto(serve(host).url)
+    expect(page.locator(".qswap-verdict")).to_have_text(re.compile(r"^6\d % of KModel stays"))
+    used_at["encoder"] = 3.0
+    expect(page.locator(".qswap-verdict")).to_have_text(re.compile("of JointTextEncoder"))
+
+
 def test_what_another_image_of_the_same_prompt_is_spared_stands_beside_what_travels(serve, host, page):
     page.goto(serve(host).url)
     detail = page.locator(".qswap-model[open] .qswap-figure-travels .qswap-figure-detail")

@@ -135,7 +135,8 @@ def model_snapshot(model: Attachment) -> dict[str, Any]:
                 "home": home.kind,
                 "state": state,
                 "uses": layer.times.uses,
-                "stall_us": round(layer.times.stall_s * 1e6),
+                # A resident is waited for once, when it comes.
+                "stall_us": 0 if state == "resident" else round(layer.times.stall_s * 1e6),
                 "compute_us": _microseconds(measured.compute_s if measured else None),
                 "read_us": _microseconds(measured.read_s if measured else None),
             }
@@ -144,6 +145,7 @@ def model_snapshot(model: Attachment) -> dict[str, Any]:
         "name": model.name,
         "managed": True,
         "active": model.active,
+        "used_at": model.used_at,
         "bytes": {
             "total": model.payload_bytes + model.fixed_bytes,
             "fixed": model.fixed_bytes if model.active else 0,

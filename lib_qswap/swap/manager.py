@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
@@ -54,6 +55,7 @@ class Attachment:
         spare_bytes: what may be given on top of the budget that was asked for.
         grown_bytes: the part of it that was given on top, since steps turned out not to need it.
         crowded_bytes: what was given back for good, because the allocator needs more than steps do.
+        used_at: when its last forward began, in seconds since 1970; 0 before the first one.
         kept: what the host itself keeps on the device for this model, as long as it runs.
         idle: the layers that the present steps do without.
     """
@@ -93,6 +95,7 @@ class Attachment:
         self.spare_bytes = 0
         self.grown_bytes = 0
         self.crowded_bytes = 0
+        self.used_at = 0.0
         self.adaptation = Adaptation(self)
         self._plans = Plans()
         self.kept: dict[object, torch.Tensor] = {}
@@ -494,6 +497,7 @@ class Attachment:
         """The forward of `root` (the module, or a part of it that runs by itself) begins; `work`: what it is
         asked for; `conditioning`: as from `IdleLayers.conditioning_of`, None: not known."""
         work = work or Work(id(root), ())
+        self.used_at = time.time()
         self.state.enter()
         self.idle.before_step(work, conditioning)
         measured = self.adaptation.before_step(work)
