@@ -233,6 +233,8 @@ def dequant_cpu() -> list[str]:
         f"The {len(others)} other types that gguf-py unpacks take it {min(others):.1f} to {max(others):.1f}",
         "times QSwap's time in one thread.",
     ]
+    if "since" in measured:
+        lines += ["", measured["since"]]
     return lines
 
 

@@ -2,9 +2,9 @@
 
 One of `kernels` does it where there is one, else torch's operations do, in chunks: a chunk's temporaries fit
 into a CPU's caches, or, on an accelerator, where small ones would be many launches, into 64 MB. On a CPU the
-K types have a way of their own, `unpack_cpu`, for all but the rest that fills no chunk. Nothing here waits
-for a device, but for a kernel's first check, and all memory comes from torch's allocator, on the current
-stream.
+K types and TQ2_0 have a way of their own, `unpack_cpu`, for all but the rest that fills no chunk. Nothing
+here waits for a device, but for a kernel's first check, and all memory comes from torch's allocator, on the
+current stream.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import kernels, unpack_cpu, unpack_cpu_k
+from . import kernels, unpack_cpu, unpack_cpu_k, unpack_cpu_ternary
 from .formats import Format, UnpackFunction, UnpackLikeForgeFunction
 from .words import BLOCK_GRANULE
 
@@ -31,6 +31,7 @@ _CPU_KINDS: dict[str, Callable[[int], unpack_cpu.ChunkUnpacker]] = {
         unpack_cpu_k.Q4_K,
         unpack_cpu_k.Q5_K,
         unpack_cpu_k.Q6_K,
+        unpack_cpu_ternary.TQ2_0,
     )
 }
 _CPU_KINDS_TO_HALF: dict[str, Callable[[int], unpack_cpu.ChunkUnpacker]] = {

@@ -17,17 +17,17 @@ def unpack_tq1_0(blocks: Tensor, out: Tensor) -> None:
     """
     n = blocks.shape[0]
     scale = half_scale(blocks, 52)
-    digits = torch.empty((n, 256), dtype=torch.int16, device=blocks.device)
+    digits = torch.empty((n, 256), dtype=torch.int16, device=blocks.device)  # less 1
     fractions = blocks[:, :52].short()
     for digit in range(5):
         fractions.mul_(3)  # the digit before the point, the others behind it
-        whole = fractions >> 8
+        whole = (fractions >> 8).sub_(1)
         for start, end, first, count in ((0, 32, 0, 5), (32, 48, 160, 5), (48, 52, 240, 4)):
             if digit < count:
                 width = end - start
                 digits[:, first + digit * width : first + (digit + 1) * width] = whole[:, start:end]
         fractions.bitwise_and_(0xFF)
-    torch.mul(digits.float().sub_(1), scale, out=out)
+    torch.mul(digits.float(), scale, out=out)
 
 
 def unpack_tq2_0(blocks: Tensor, out: Tensor) -> None:
