@@ -29,7 +29,6 @@ _BOUND = [
     "The bound of a step is max(compute, swapped bytes / bandwidth): compute as in the row *all resident*,",
     "the bandwidth that of the link or, where that is less, the rate at which this very row read its weights",
     "from RAM or file; so bounds differ from row to row, and what is within 5 % of 1 is the run's noise.",
-    "A row's RAM includes what is page-locked.",
 ]
 
 
@@ -55,9 +54,9 @@ def _unpacking(suite: Row) -> list[str]:
     lines = [
         f"Unpacking to {suite['dtype']} at the sizes of Flux's layers, least and most over six shapes: share",
         "of the copy bandwidth, and of what a copy of as many bytes reaches, which is less for the smaller",
-        "layers on a fast GPU; times faster than the chain of torch operations of other programs; and for a",
-        "layer that sees one token the share of the copy bandwidth at which the packed weight is multiplied.",
-        "The chain was measured for three types.",
+        "layers on a fast GPU; times faster than the chain of torch operations of other programs (empty: not",
+        "measured); and for a layer that sees one token the share of the copy bandwidth at which the packed",
+        "weight is multiplied.",
         "",
         "| | of copy bandwidth | of a copy of that size | times the chain | one token, of copy bandwidth |",
         "|---|---|---|---|---|",

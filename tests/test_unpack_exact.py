@@ -245,10 +245,9 @@ def test_temporaries_stay_within_their_limit_on_an_accelerator(dtype, arithmetic
 @pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])
 @pytest.mark.parametrize("scale", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("position", [0, 1], ids=["d", "dmin"])
-@pytest.mark.parametrize(
-    "bad", [100, 900]
-)  # in the first chunks whose scales are unpacked at once, and later
+@pytest.mark.parametrize("bad", [100, 900])
 def test_a_scale_that_is_no_number_spoils_its_own_block_alone(name, scale, position, bad, small_chunks):
+    # One is among the blocks whose scales are unpacked first, at once, the other is not.
     blocks = ggml_blocks.random_blocks(FORMATS[name], 1003, "any")
     blocks[bad].view(np.float16)[position] = scale
     expected = unpacked(FORMATS[name], blocks)
@@ -276,10 +275,10 @@ def test_where_torch_scales_rows_less_precisely_it_is_not_asked_to(name, small_c
     quick = unpacked(FORMATS[name], blocks, torch.float16)
     original = torch.native_batch_norm
 
-    def in_fp16(rows, scale, *rest, out):
+    def less_precisely(rows, scale, *rest, out):
         original(rows, scale * 1.0001, *rest, out=out)
 
-    monkeypatch.setattr(torch, "native_batch_norm", in_fp16)
+    monkeypatch.setattr(torch, "native_batch_norm", less_precisely)
     monkeypatch.setattr(unpack_cpu, "can_scale_rows", unpack_cpu.can_scale_rows.__wrapped__)
     assert not unpack_cpu.can_scale_rows()
     assert_same_bits(unpacked(FORMATS[name], blocks, torch.float16), quick)

@@ -189,10 +189,11 @@ def _load_models_gpu(
 
     for patcher in models:
         _check_files(patcher)
-    reasons = {
-        type(patcher.model).__name__: managed.why_not_served(patcher.load_device) for patcher in models
+    not_served = {
+        type(patcher.model).__name__: reason
+        for patcher in models
+        if (reason := managed.why_not_served(patcher.load_device))
     }
-    not_served = {name: reason for name, reason in reasons.items() if reason}
     for name, reason in not_served.items():
         ledger.note_unmanaged(name, reason)
     if not_served or mm.vram_state == mm.VRAMState.HIGH_VRAM:

@@ -35,11 +35,11 @@ _KEPT_BYTES = 1 << 16
 _KEPT_BYTES_IN_ALL = 4 << 20
 _BYTES_PER_KEPT_ITEM = 256  # counted for each item of an array beside its bytes in the file
 
-# A window of the file's bytes: small at first and after a jump by many, doubled as long as one follows the
-# other.
+# A window of the file's bytes: small at first and after a jump over so many, doubled as long as one follows
+# the other.
 _SMALLEST_WINDOW_BYTES = 1 << 12
 _LARGEST_WINDOW_BYTES = 1 << 17
-_JUMP = 16
+_JUMPED_WINDOWS = 16
 
 # A table of all strings of a window pays where the first ones in it are short.
 _STRINGS_LOOKED_AT = 32
@@ -138,7 +138,7 @@ class Reader:
             return start
         self.need(nbytes, field)
         size = _SMALLEST_WINDOW_BYTES
-        if start < _JUMP * self._window_bytes:
+        if start < _JUMPED_WINDOWS * self._window_bytes:
             size = max(size, min(2 * self._window_bytes, _LARGEST_WINDOW_BYTES))
         size = min(max(nbytes, size), self._end - self.position)
         if size > len(self._window):

@@ -188,7 +188,7 @@ class Adaptation(AttachmentPart):
         model, need = self._model, self.profile.need(work)
         if need is None or model.asked_bytes is None:
             return 0
-        # What was given back for good is in none of them: the budget that is asked for has been less since.
+        # What was given back for good is not lent again: it is missing in the budget that is asked for.
         lacking = model.whole_bytes - model.asked_bytes - model.crowded_bytes
         room = self._room_bytes(need) + model.grown_bytes - model.crowded_bytes
         return max(0, min(model.spare_bytes, room, lacking))

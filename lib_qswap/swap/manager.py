@@ -139,11 +139,9 @@ class Attachment:
             if weight is None:
                 continue
             own = weight.dtype_on_device
-            dtype = self.compute_dtype
-            if dtype is None:
-                # What comes from a file of quantized weights is computed with in 16 bits.
-                is_usual = weight.format is None or (own is not None and own.itemsize == 2)
-                dtype = own if own is not None and is_usual else torch.float16
+            # What comes from a file of quantized weights is mostly computed with in 16 bits.
+            usual = torch.float16 if own is None or (weight.format is not None and own.itemsize > 2) else own
+            dtype = self.compute_dtype or usual
             if own != dtype:
                 nbytes = align(weight.shape.numel() * dtype.itemsize)
                 if bias is not None:
