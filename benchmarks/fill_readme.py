@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_tables import gigabytes, tables
+from gpu_tables import cards, gigabytes, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -269,14 +269,14 @@ def forge_gpu() -> list[str]:
     return lines
 
 
-def gpu() -> list[str]:
-    """Of every GPU that was measured."""
+def gpu(part: Callable[[dict[str, Any], dict[str, Any]], list[str]]) -> list[str]:
+    """Lines that `part` makes of the results of each GPU."""
     lines: list[str] = []
     for path in sorted(RESULTS.glob("gpu_*.json")):
         if not path.stem.endswith("_steps"):
             steps = path.with_name(f"{path.stem}_steps.json")
-            found = tables(result(path.stem), result(steps.stem) if steps.exists() else {})
-            lines += ([""] if lines else []) + found
+            found = part(result(path.stem), result(steps.stem) if steps.exists() else {})
+            lines += ([""] if lines and found else []) + found
     return lines
 
 
@@ -299,7 +299,10 @@ def main() -> None:
     _, after = rest.split(END)
     parts = {
         "In Forge": [*map(filled, (forge_gpu, forge_side_by_side))],
-        "On a GPU, without Forge": [folded("Unpacking by type, steps by location and budget", gpu())],
+        "On a GPU, without Forge": [
+            gpu(cards),
+            folded("Unpacking by type, steps by location and budget", gpu(tables)),
+        ],
         "Beside other programs, on a simulated accelerator": [
             *map(filled, (step_times, one_token_layers, simulated_step))
         ],

@@ -25,10 +25,46 @@ def tables(suite: Row, steps: Row) -> list[str]:
     return [line for part in parts if part for line in (*part, "")][:-1]
 
 
+def cards(suite: Row, steps: Row) -> list[str]:
+    """The cards that the GPU stood for, a line each, beside the fastest of the other programs there; nothing
+    for a run without any."""
+    lines = []
+    for case in steps.get("cases", ()):
+        rows = [row for row in case["rows"] if "step_s" in row]
+        shown = {row["location"]: f"{row['step_s']:.3f} s" for row in rows if _is_first_image(row)}
+        others = [row for row in rows if "location" not in row]
+        if case["stands_for"] is None or not shown:
+            continue
+        other = "not measured"
+        if others:
+            fastest = min(others, key=lambda row: row["step_s"])
+            other = f"{fastest['step_s']:.3f} s ({fastest['system'].replace('_', ' ')})"
+        own = " | ".join(shown.get(location, "") for location in ("shared", "cpu", "disk"))
+        limit, link = case["limit_bytes"] / 1e9, case["link_bytes_per_s"] / 1e9
+        lines.append(f"| {limit:.3g} GB, {link:.0f} GB/s | {case['compute_s']:.3f} s | {own} | {other} |")
+    if not lines:
+        return []
+    gpu = suite.get("environment", {}).get("name", "a GPU")
+    size = gigabytes(steps["environment"]["model_bytes"])
+    return [
+        f"A model of Flux's sizes at {steps['environment']['quant']} ({size}) on an {gpu}",
+        "that stands for smaller cards: its memory capped, its link throttled, its computation as fast as",
+        "ever. A step of the first image of a prompt, the whole model on the device and with each location:",
+        "",
+        "| memory, link | whole | Shared | CPU | Disk | fastest other program |",
+        "|---|---|---|---|---|---|",
+        *lines,
+    ]
+
+
+def _is_first_image(row: Row) -> bool:
+    return "location" in row and not row["system"].endswith("next image")
+
+
 _BOUND = [
     "The bound of a step is max(compute, swapped bytes / bandwidth): compute as in the row *all resident*,",
-    "the bandwidth that of the link or, where that is less, the rate at which this very row read its weights",
-    "from RAM or file; so bounds differ from row to row, and what is within 5 % of 1 is the run's noise.",
+    "the bandwidth that of the link or, where that is less, the rate at which RAM or file was read by",
+    "itself; so bounds differ from row to row, and what is within 5 % of 1 is the run's noise.",
 ]
 
 

@@ -136,6 +136,32 @@ def test_the_tables_of_the_readme_have_every_type_and_every_system(suite):
     assert any(line.startswith("A model of ") for line in lines)
 
 
+def test_the_cards_stand_beside_the_fastest_of_the_other_programs():
+    from gpu_tables import cards
+
+    def row(system, step_s, **more):
+        return {"system": system, "step_s": step_s, **more}
+
+    case = {"stands_for": "a card of 6 GB", "limit_bytes": 6e9, "link_bytes_per_s": 12.2e9, "compute_s": 0.2}
+    own = [row(f"QSwap {kind}", step_s, location=kind) for kind, step_s in (("shared", 0.21), ("disk", 0.3))]
+    again = row("QSwap shared, next image", 0.19, location="shared")
+    others = [
+        row("mmgp", 0.5),
+        row("leaf_level stream", 0.4),
+        {"system": "accelerate", "error": "out of memory"},
+    ]
+    whole = {**case, "stands_for": None, "rows": own}
+    steps = {
+        "environment": {"quant": "Q4_K", "model_bytes": 6.8e9},
+        "cases": [whole, {**case, "rows": [*own, again, *others]}, {**case, "limit_bytes": 8e9, "rows": own}],
+    }
+    *_, first, second = cards({"environment": {"name": "H200"}}, steps)
+    assert first == "| 6 GB, 12 GB/s | 0.200 s | 0.210 s |  | 0.300 s | 0.400 s (leaf level stream) |"
+    assert second.startswith("| 8 GB")
+    assert second.endswith("| not measured |")
+    assert cards({}, {**steps, "cases": [whole]}) == []
+
+
 def test_the_tables_show_least_and_most_over_shapes_and_nothing_that_is_missing():
     from gpu_tables import tables
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .words import BLOCK_GRANULE
 
-# The scales of so many chunks are unpacked at once: they are few numbers for as many calls.
-_CHUNKS_OF_SCALES = 8
+# The scales of so many chunks are unpacked at once: they are few numbers for as many calls. torch divides an
+# operation on 32,768 numbers or fewer among no threads, and a chunk of one thread has 2,048 blocks.
+_CHUNKS_OF_SCALES, _CHUNKS_OF_SCALES_OF_THREADS = 8, 16
 
 
 class ChunkUnpacker:
@@ -169,8 +170,9 @@ def unpack_whole_chunks(
     rounded = values.dtype != unpacker.writes
     unrounded = torch.empty((chunk, elements), dtype=torch.float32) if rounded else values
     planes = unpacker.planes_of_values(unrounded) if rounded else ()
-    for first in range(0, chunks, _CHUNKS_OF_SCALES):
-        count = min(_CHUNKS_OF_SCALES, chunks - first)
+    at_once = _CHUNKS_OF_SCALES if torch.get_num_threads() == 1 else _CHUNKS_OF_SCALES_OF_THREADS
+    for first in range(0, chunks, at_once):
+        count = min(at_once, chunks - first)
         several = slice(first * chunk, (first + count) * chunk)
         scales = unpacker.scales(blocks[several])
         if scales is None:
