@@ -208,7 +208,7 @@ def test_the_readme_gets_every_gpu_that_was_measured(tmp_path, monkeypatch):
     (tmp_path / "gpu_one.json").write_text(json.dumps(measured))
     (tmp_path / "gpu_one_steps.json").write_text('{"cases": []}')
     monkeypatch.setattr(fill_readme, "RESULTS", tmp_path)
-    assert fill_readme.gpu() == [
+    assert fill_readme.gpu(fill_readme.tables) == [
         "One GPU, PyTorch 2.13.0, Triton 3.7.1: copies within the device 2000.0 GB/s; products of matrices "
         "700 Top/s."
     ]
