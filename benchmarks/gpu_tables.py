@@ -44,7 +44,7 @@ def cards(suite: Row, steps: Row) -> list[str]:
         lines.append(f"| {limit:.3g} GB, {link:.0f} GB/s | {case['compute_s']:.3f} s | {own} | {other} |")
     if not lines:
         return []
-    gpu = suite.get("environment", {}).get("name", "a GPU")
+    gpu = suite.get("environment", {}).get("name", "unnamed GPU")
     size = gigabytes(steps["environment"]["model_bytes"])
     return [
         f"A model of Flux's sizes at {steps['environment']['quant']} ({size}) on an {gpu}",

@@ -42,7 +42,7 @@ _CPU_KINDS_TO_HALF: dict[str, Callable[[int], unpack_cpu.ChunkUnpacker]] = {
 # For each thread. Smaller chunks spend their time on calls, larger ones on memory outside the caches.
 _CPU_CHUNK_ELEMENTS = 1 << 19
 # No type takes more than 14 bytes of temporaries for an element on a CPU; `unpack_cpu`, which unpacks the
-# scales of several chunks at once, less than 24; 8 on an accelerator. There every chunk is some thirty
+# scales of several chunks at once, less than 27; 8 on an accelerator. There every chunk is some thirty
 # launches, and it pays to have few: these take less, into fp32 2 bytes more.
 _TEMPORARY_BYTES = 64 << 20
 _BYTES_PER_ELEMENT = 8.0

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .words import BLOCK_GRANULE
 
-# The scales of so many chunks are unpacked at once: they are few numbers for as many calls. torch divides an
-# operation on 32,768 numbers or fewer among no threads, and a chunk of one thread has 2,048 blocks.
+# The scales of so many chunks are unpacked at once: they are few numbers for as many calls. torch leaves an
+# operation on 32,768 numbers or fewer to one thread; a chunk has 2,048 super-blocks for each.
 _CHUNKS_OF_SCALES, _CHUNKS_OF_SCALES_OF_THREADS = 8, 16
 
 
