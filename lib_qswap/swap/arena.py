@@ -23,6 +23,10 @@ CHUNK_BYTES = 256 << 20
 """An arena is page-locked in pieces of about this size, so that a refusal costs one piece and not the
 whole."""
 
+TOGETHER_BYTES = 4 << 20
+"""Layers that follow each other are in one piece as long as they are no more than this, and no more than an
+eighth of a chunk, so that one copy can bring several small ones."""
+
 FILL_THREADS = min(4, os.cpu_count() or 1)
 """Arenas that are filled at once: getting fresh memory from the system takes a core longer than reading a
 file from its cache."""
@@ -233,8 +237,12 @@ def _dealt(layers: Sequence[Layer]) -> list[list[Layer]]:
     page-lock some, those left out alternate with the others."""
     groups: list[list[Layer]] = [[] for _ in range(-(-bytes_of(layers) // CHUNK_BYTES))]
     filled = [0] * len(groups)
+    most_bytes = min(TOGETHER_BYTES, CHUNK_BYTES // 8)
+    least, together_bytes = 0, most_bytes
     for layer in layers:
-        least = filled.index(min(filled))
+        together_bytes += layer.payload_bytes
+        if together_bytes > most_bytes:
+            least, together_bytes = filled.index(min(filled)), layer.payload_bytes
         groups[least].append(layer)
         filled[least] += layer.payload_bytes
     return [group for group in groups if group]

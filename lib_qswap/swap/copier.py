@@ -12,7 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -144,11 +144,18 @@ class Copier:
                 free.record(self.stream)
                 self._staging.append((piece, free))
 
-    def submit(self, transfer: Transfer) -> None:
-        """Begins `transfer`; `transfer.events.ready` can be waited for when it is `issued`."""
-        transfer.take_events(self._spare_events, self._device)
-        self.h2d_bytes += transfer.layer.payload_bytes
-        if self._queue is not None:
+    def submit(self, transfer: Transfer, followers: Sequence[Transfer] = ()) -> None:
+        """Begins `transfer`; `transfer.ready` can be waited for when it is `issued`.
+
+        followers: come with it in one copy: their masters and their targets lie behind its own, in their
+        order. Only where transfers are not `staged`.
+        """
+        for one in (transfer, *followers):
+            one.take_events(self._spare_events, self._device)
+            self.h2d_bytes += one.layer.payload_bytes
+        if followers:
+            self._issue_together(transfer, followers)
+        elif self._queue is not None:
             if transfer.events.issued is None:
                 transfer.events.issued = threading.Event()
             else:
@@ -183,6 +190,24 @@ class Copier:
             transfer.error = error
         finally:
             _settle(transfer)
+
+    def _issue_together(self, leader: Transfer, followers: Sequence[Transfer]) -> None:
+        assert not self.staged
+        for one in followers:
+            one.leader = leader
+            leader.after = (*leader.after, *one.after)
+        try:
+            self._begin(leader)
+            if leader.error is None:
+                nbytes = sum(one.layer.payload_bytes for one in (leader, *followers))
+                self._device.issue_on(self.stream, _copy_locked, (leader, nbytes))
+            leader.events.ready.record(self.stream)
+        except BaseException as error:
+            leader.error = error
+        finally:
+            for one in (leader, *followers):
+                one.recorded, one.error = leader.recorded, leader.error
+                _settle(one)
 
     def _begin(self, transfer: Transfer) -> None:
         try:
@@ -288,6 +313,17 @@ class Copier:
         finally:
             if piece.is_last:
                 _settle(transfer)
+
+
+def _copy_locked(work: tuple[Transfer, int]) -> None:
+    """Copies so many bytes, those of a transfer and of what lies behind it."""
+    transfer, nbytes = work
+    payload = transfer.layer.home.payload
+    assert payload is not None
+    source, target = (
+        one.as_strided((nbytes,), (1,), one.storage_offset()) for one in (payload, transfer.target)
+    )
+    target.copy_(source, non_blocking=True)
 
 
 def _settle(transfer: Transfer) -> None:

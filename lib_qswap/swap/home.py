@@ -119,6 +119,19 @@ class Home:
                 assert part.data is not None
                 _copy(part.data[first - part.offset_bytes : last - part.offset_bytes], target)
 
+    def follows(self, other: Home) -> bool:
+        """Whether the device can read its payload in one piece with that of `other`, right before it."""
+        if (
+            self.owner is None
+            or self.owner is not other.owner
+            or self.payload is None
+            or other.payload is None
+        ):
+            return False
+        return (
+            self.page_locked and self.payload.data_ptr() == other.payload.data_ptr() + other.payload.numel()
+        )
+
     def tensor(self, part: Part) -> torch.Tensor:
         """The master of `part`, for whoever reads the module's parameters."""
         if self.payload is not None:

@@ -33,6 +33,12 @@ class Ring:
         self._slots: deque[Slot] = deque()
         self._retired: deque[Slot] = deque()  # those that have been read, by position
 
+    @property
+    def room_bytes(self) -> int:
+        """Not in slots; a slot may find less, since it does not wrap around the end of the buffer."""
+        used = self._head - self._slots[0].start if self._slots else 0
+        return self.capacity_bytes - used
+
     def take(self, nbytes: int) -> Slot | None:
         """The next `nbytes`, or None while the oldest slots are still in use."""
         start = self._head

@@ -30,6 +30,12 @@ Views: TypeAlias = "tuple[torch.Tensor, dict[str, torch.Tensor]]"
 """A payload on the device, and the layer's tensors in it."""
 
 KEPT_VIEWS = 4096
+
+SMALL_BYTES = 1_000_000
+TOGETHER_BYTES = 2 << 20
+"""Layers of fewer than SMALL_BYTES are copied together, up to so many bytes and a third of the ring at once:
+below some megabytes a copy takes longer to be issued, and to begin, than its bytes take."""
+TOGETHER_SHARE = 3
 NO_BYTES = torch.empty(0, dtype=torch.uint8)
 
 
@@ -54,6 +60,7 @@ class Streamer:
         self._ring = Ring(0)
         self._buffer: torch.Tensor | None = None
         self._views: dict[tuple[int, Layer], Views] = {}
+        self._waiting: tuple[Layer | None, int] = None, 0
         self._ahead: deque[Transfer] = deque()
         self._leased: dict[Transfer, None] = {}
         self._retired: deque[Transfer] = deque(maxlen=64)
@@ -99,6 +106,7 @@ class Streamer:
             transfer.events.done.wait(self.copier.stream)
         self.device.order(self.copier.stream, self.device.current_stream())
         self._views.clear()
+        self._waiting = None, 0
         self._retired.clear()
         self.timeline.forget()
 
@@ -219,7 +227,7 @@ class Streamer:
             if transfer.uploads:
                 self.evict([transfer.layer])
             raise transfer.error
-        events.ready.wait(stream)
+        transfer.ready.wait(stream)
         self.timeline.used(transfer)
 
     def _claim(self, layer: Layer) -> Transfer:
@@ -258,6 +266,43 @@ class Streamer:
         self.copier.submit(transfer)
         return transfer
 
+    def _together(self, first: Layer, wrap: bool) -> list[Layer]:
+        """The layers that are fetched by one copy, from `first` on, which comes next."""
+        together = [first]
+        if self.copier.staged or first.payload_bytes >= SMALL_BYTES or not first.home.page_locked:
+            return together
+        room = min(TOGETHER_BYTES, self.ring_bytes // TOGETHER_SHARE) - first.payload_bytes
+        while True:
+            layer = self.order.ahead(len(self._ahead) + len(together), wrap=wrap)
+            if layer is None or layer.resident is not None or layer.payload_bytes >= SMALL_BYTES:
+                return together
+            room -= layer.payload_bytes
+            if room < 0 or layer in together or not layer.home.follows(together[-1].home):
+                return together
+            together.append(layer)
+
+    def _fetch_together(self, layers: list[Layer]) -> bool:
+        """Fetches `layers` ahead; not before there is room for all of them. Returns whether there was."""
+        slots: list[Slot] = []
+        for layer in layers:
+            slot = self._ring.take(layer.payload_bytes)
+            if slot is None:
+                for taken in reversed(slots):
+                    self._ring.discard(taken)
+                return False
+            slots.append(slot)
+        transfers: list[Transfer] = []
+        for slot, layer in zip(slots, layers, strict=True):
+            if transfers and slot.offset == 0:  # The ring begins anew.
+                self.copier.submit(transfers[0], transfers[1:])
+                transfers = []
+            self.begin_uploads(self._uploads.before(layer))
+            transfer = Transfer(layer, *self._in_slot(slot, layer), slot, self._ring.wait_for(slot))
+            transfers.append(transfer)
+            self._ahead.append(transfer)
+        self.copier.submit(transfers[0], transfers[1:])
+        return True
+
     def _in_slot(self, slot: Slot, layer: Layer) -> Views:
         """In a steady cycle a layer comes to the same few slots again and again."""
         key = (slot.offset, layer)
@@ -282,13 +327,23 @@ class Streamer:
 
     def _prefetch(self) -> None:
         while True:
+            wrap = False
             layer = self.order.ahead(len(self._ahead), wrap=False)
             if layer is None and self.wrap:  # The rest belongs to the next forward.
                 self.begin_uploads(self._uploads.before(None))
+                wrap = True
                 layer = self.order.ahead(len(self._ahead), wrap=True)
             if layer is None or layer.resident is not None:
                 self.begin_uploads(self._uploads.before(None))
                 return
+            if self._waiting[0] is layer and self._ring.room_bytes < self._waiting[1]:
+                return
+            together = self._together(layer, wrap)
+            if len(together) > 1:
+                if not self._fetch_together(together):
+                    self._waiting = layer, sum(one.payload_bytes for one in together)
+                    return
+                continue
             transfer = self._fetch(layer)
             if transfer is None:
                 return

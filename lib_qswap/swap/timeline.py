@@ -181,16 +181,17 @@ class Timeline:
                 begun = since(use.begun) * 1e-3
                 times.extend((begun, begun, NAN, NAN))
                 continue
-            layer, events = use.layer, use.events
-            begun, copy_begun = since(events.awaited) * 1e-3, since(events.started) * 1e-3
-            copy_ended = since(events.ready) * 1e-3
+            layer = use.layer
+            begun, copy_begun = since(use.events.awaited) * 1e-3, since(use.started) * 1e-3
+            copy_ended = since(use.ready) * 1e-3
             served = max(begun, copy_ended)
             times.extend((begun, served, copy_begun, copy_ended))
             stall += served - begun
             layer.times.stall_s = served - begun
             if not use.uploads:
                 h2d_bytes += layer.payload_bytes
-                copy += max(0.0, copy_ended - copy_begun)
+                if use.leader is None:
+                    copy += max(0.0, copy_ended - copy_begun)
         seconds = max(0.0, since(step.end) * 1e-3)
         if step.measured is not None:
             self._measure(step, uses, reads, times, seconds)

@@ -46,6 +46,7 @@ class Transfer:
         recorded, issued, awaited: whether `started`, `ready` and `awaited` of them have been recorded. (One
             that never was counts as happened.)
         uploads: whether it makes its layer resident.
+        leader: the transfer whose copy brings these bytes as well; None: it has a copy of its own.
         error: why the bytes are not there, if so.
     """
 
@@ -58,6 +59,7 @@ class Transfer:
         "events",
         "issued",
         "layer",
+        "leader",
         "parts",
         "recorded",
         "slot",
@@ -78,6 +80,7 @@ class Transfer:
         self.events: Any = None
         self.layer, self.target, self.parts, self.slot = layer, target, parts, slot
         self.after, self.uploads = after, uploads
+        self.leader: Transfer | None = None
         self.recorded = self.issued = self.awaited = self.cancelled = False
         self.error: BaseException | None = None
 
@@ -100,11 +103,21 @@ class Transfer:
         return self.events is not None
 
     @property
+    def started(self) -> Any:
+        """The event before the copy that brings its bytes."""
+        return self.events.started if self.leader is None else self.leader.events.started
+
+    @property
+    def ready(self) -> Any:
+        """The event behind that copy."""
+        return self.events.ready if self.leader is None else self.leader.events.ready
+
+    @property
     def begun(self) -> bool:
         """Whether bytes are on their way: the device has come to the copy."""
-        return self.recorded and bool(self.events.started.query())
+        return self.recorded and bool(self.started.query())
 
     @property
     def arrived(self) -> bool:
         """Whether all bytes are there."""
-        return self.issued and self.error is None and bool(self.events.ready.query())
+        return self.issued and self.error is None and bool(self.ready.query())
