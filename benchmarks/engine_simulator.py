@@ -8,7 +8,8 @@ What is assumed:
 
 - Compute is one queue: layers run one after the other, each as long as the profile says, whatever the link
   does meanwhile. A swapped layer begins when its copy has arrived, and reads its weights first.
-- Copies are one queue over one link of constant bandwidth, plus a latency for each copy.
+- Copies are one queue over one link of constant bandwidth, plus a latency for each copy. Each layer has one:
+  small ones, of which the engine brings several with one copy, are taken to come one by one.
 - The ring is bytes; a payload lies in one piece, and skips the ring's end where it does not fit there. A copy
   is issued as soon as the reading of everything that lay in its place, or in what was skipped, has been
   issued; on the device it waits for that reading's end.

@@ -26,15 +26,19 @@ LAYERS, SMALL_LAYERS = 60, 20
 issuing waits for the device, which takes longer than the host for layers with a copy each."""
 ROUNDS, SMALL_ROUNDS = 100, 5
 RING_LAYERS = 8
-"""In the budget with which layers are swapped; a few of them become resident."""
+"""In the budget with which layers are swapped, so few that each has a copy of its own; a few of them become
+resident."""
+TOGETHER_SHARE = 0.6
+"""Of the layers, as much as the ring that lets several come in one copy."""
 
 Row = dict[str, Any]
 
 
 def host_times(device: torch.device, small: bool) -> Row:
     """Seconds of the host for each layer: plain, with packed weights that are on the device and unpacked by
-    the same kernels; the same layers under QSwap, resident and swapped from page-locked memory.
-    `until_done_s`: for each layer of a step with swapped ones, until the device has done it too."""
+    the same kernels; the same layers under QSwap, resident and swapped from page-locked memory, each in a
+    copy of its own (`swapped_s`) and several in one (`together_s`). `until_done_s`: for each layer of a step
+    with swapped ones, until the device has done it too."""
     layers, rounds = (SMALL_LAYERS, SMALL_ROUNDS) if small else (LAYERS, ROUNDS)
     dtype = torch.bfloat16
     format = FORMATS["Q8_0"]
@@ -49,19 +53,27 @@ def host_times(device: torch.device, small: bool) -> Row:
 
     linear = nn.Linear(WIDTH, WIDTH, bias=False, device="meta")
     linear.weight = nn.Parameter(packed, requires_grad=False)
-    model = nn.Sequential(*(copy.deepcopy(linear) for _ in range(layers)))
-    attachment = attach(
-        model, device=device, location="shared", budget_bytes=1 << 40, compute_dtype=dtype, name="host"
-    )
-    times["resident_s"] = _seconds(driver, model, x, rounds)[0] / layers
-    beside = attachment.fixed_bytes + attachment.scratch_bytes
-    attachment.rebalance(beside + RING_LAYERS * max(layer.payload_bytes for layer in attachment.layers))
-    taken_s, done_s = _seconds(driver, model, x, rounds)
-    swapped = sum(layer.resident is None for layer in attachment.layers)
-    times["swapped_layers"] = swapped
-    times["swapped_s"] = (taken_s - (layers - swapped) * times["resident_s"]) / swapped
-    times["until_done_s"] = done_s / layers
-    attachment.detach()
+    for name, ring_layers in (("swapped", None), ("together", int(layers * TOGETHER_SHARE))):
+        model = nn.Sequential(*(copy.deepcopy(linear) for _ in range(layers)))
+        attachment = attach(
+            model,
+            device=device,
+            location="shared",
+            budget_bytes=1 << 40,
+            compute_dtype=dtype,
+            ring_bytes=ring_layers and ring_layers * packed.packed_nbytes,
+            name="host",
+        )
+        if name == "swapped":
+            times["resident_s"] = _seconds(driver, model, x, rounds)[0] / layers
+        beside = attachment.fixed_bytes + attachment.scratch_bytes
+        attachment.rebalance(beside + (ring_layers or RING_LAYERS) * packed.packed_nbytes)
+        taken_s, done_s = _seconds(driver, model, x, rounds)
+        swapped = sum(layer.resident is None for layer in attachment.layers)
+        times[f"{name}_layers"] = swapped
+        times[f"{name}_s"] = (taken_s - (layers - swapped) * times["resident_s"]) / swapped
+        times.setdefault("until_done_s", done_s / layers)
+        attachment.detach()
     return times
 
 

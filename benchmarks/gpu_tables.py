@@ -125,9 +125,12 @@ def _engine(suite: Row) -> list[str]:
     lines = []
     if "swapped_s" in host:
         plain, resident, swapped = (host[f"{kind}_s"] * 1e6 for kind in ("plain", "resident", "swapped"))
+        together = ""
+        if "together_s" in host:
+            together = f", {host['together_s'] * 1e6:.1f} µs where several come in one copy"
         lines.append(
             f"The host issues a layer in {plain:.1f} µs where nothing swaps, {resident:.1f} µs resident, "
-            f"{swapped:.1f} µs swapped."
+            f"{swapped:.1f} µs swapped{together}."
         )
     if "switching" in engine:
         row = engine["switching"]

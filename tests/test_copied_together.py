@@ -56,7 +56,8 @@ def test_a_step_takes_fewer_copies_and_gives_the_same(sim, ring_layers):
     steps(model, 4)  # Traced, measured, planned.
     swapped_now = sum(layer.resident is None for layer in attachment.layers)
     streams = attachment.state.streamer
-    most = min(streamer.TOGETHER_BYTES, streams.ring_bytes // streamer.TOGETHER_SHARE) // LAYER_BYTES
+    least_bytes = streamer.SLOWEST_LINK_BYTES_PER_S * streamer.TOGETHER_COPY_S
+    most = min(least_bytes, streams.ring_bytes // streamer.TOGETHER_RING_SHARE) // LAYER_BYTES
     taken = copies(sim, lambda: [torch.testing.assert_close(one, outputs) for one in steps(model)])
     # The input of each step is a copy too; where the ring begins anew a run is cut.
     assert taken <= 3 * (1 + -(-swapped_now // max(1, most)) * 2)
@@ -93,9 +94,10 @@ def test_a_step_that_breaks_off_leaves_nothing_behind(sim):
 
 
 def test_large_layers_and_staged_ones_have_copies_of_their_own(sim, monkeypatch):
+    monkeypatch.setattr(streamer, "SMALL_COPY_S", LAYER_BYTES / 100e9)
     model, attachment, outputs = swapped()
+    attachment.state.streamer.use_link(99e9)
     steps(model)
-    monkeypatch.setattr(streamer, "SMALL_BYTES", LAYER_BYTES)
     swapped_now = sum(layer.resident is None for layer in attachment.layers)
     assert copies(sim, lambda: steps(model, 1)) >= swapped_now
     attachment.detach()

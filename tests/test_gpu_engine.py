@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import swap_models
 import torch
 from swap_models import clean_engine, packed_weight
 
+from lib_qswap.swap import streamer
 from lib_qswap.swap.device import device_of
 from lib_qswap.swap.device_state import state_of
 from lib_qswap.swap.manager import attached
@@ -83,6 +86,38 @@ def test_outputs_are_those_of_the_resident_model(location, share, expected, tmp_
         attachment.unload()
         for value, wanted in zip(outputs(model, x), expected, strict=True):
             assert torch.equal(value, wanted)
+
+
+@torch.no_grad()
+def test_small_layers_that_come_together_are_those_of_the_resident_model(monkeypatch):
+    width, count, ring_layers = 256, 60, 24
+    results, copies = [], []
+    whole = streamer.Streamer._fetch_together
+
+    def counted(self, layers):
+        copies.append(len(layers))
+        return whole(self, layers)
+
+    monkeypatch.setattr(streamer.Streamer, "_fetch_together", counted)
+    layers = torch.nn.ModuleList(torch.nn.Linear(width, width, bias=False) for _ in range(count))
+    for nth, layer in enumerate(layers):
+        weight = packed_weight("Q8_0", (width, width), nth)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    x = inputs()[:, :width]
+    for location, ring_bytes in (("gpu", None), ("shared", ring_layers * layers[0].weight.packed_nbytes)):
+        norm = torch.nn.LayerNorm(width, elementwise_affine=False)
+        model = torch.nn.Sequential(*(one for layer in copy.deepcopy(layers) for one in (layer, norm)))
+        with attached(
+            model,
+            device=DEVICE,
+            location=location,
+            budget_bytes=(ring_bytes or 1 << 30) + width * width * 2 + (1 << 12),
+            compute_dtype=torch.float16,
+            ring_bytes=ring_bytes,
+        ):
+            results.append([one for _ in range(3) for one in outputs(model, x)])
+    assert max(copies) > 1
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_masters_in_shared_memory_are_page_locked_until_the_model_is_let_go():

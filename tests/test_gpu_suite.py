@@ -84,7 +84,8 @@ def test_the_hosts_part_of_a_layer_is_measured(suite):
     _, result, _ = suite
     row = result["host"]
     assert 0 < row["swapped_layers"] <= row["layers"]
-    assert all(row[name] > 0 for name in ("plain_s", "resident_s", "swapped_s"))
+    assert 0 < row["together_layers"] <= row["layers"]
+    assert all(row[name] > 0 for name in ("plain_s", "resident_s", "swapped_s", "together_s"))
     assert row["until_done_s"] >= min(row["resident_s"], row["swapped_s"])
 
 

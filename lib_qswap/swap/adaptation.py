@@ -171,6 +171,7 @@ class Adaptation(AttachmentPart):
             return
         if not self.profile.use(work, model.layers):
             return  # The device has not come to their end yet: at the next step.
+        model.state.streamer.use_link(model.link_bytes_per_s())
         grown_bytes = self._growth_for(work)
         budget_bytes = model.budget_bytes - model.grown_bytes + grown_bytes
         plan = model.make_plan(budget_bytes)

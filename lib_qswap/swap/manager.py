@@ -282,6 +282,7 @@ class Attachment:
             self._place([layer for layer in self.layers if layer.name not in resident])
         was_active = self.active
         self.plan = plan
+        self.state.streamer.use_link(self.link_bytes_per_s())
         self.state.active.add(self)
         self.state.fit()
         if not was_active:

@@ -31,11 +31,14 @@ Views: TypeAlias = "tuple[torch.Tensor, dict[str, torch.Tensor]]"
 
 KEPT_VIEWS = 4096
 
-SMALL_BYTES = 1_000_000
-TOGETHER_BYTES = 2 << 20
-"""Layers of fewer than SMALL_BYTES are copied together, up to so many bytes and a third of the ring at once:
-below some megabytes a copy takes longer to be issued, and to begin, than its bytes take."""
-TOGETHER_SHARE = 3
+SMALL_COPY_S = 40e-6
+TOGETHER_COPY_S = 80e-6
+TOGETHER_RING_SHARE = 6
+"""Layers whose bytes take less than SMALL_COPY_S on the link, about what issuing a copy takes the host, are
+copied together, up to TOGETHER_COPY_S at once and to such a share of the ring: a copy that brings more waits
+for more room, and is waited for longer."""
+SLOWEST_LINK_BYTES_PER_S = 3e9
+"""Of a GPU. Copies that are slower are small, and what they take is mostly not their bytes' time."""
 NO_BYTES = torch.empty(0, dtype=torch.uint8)
 
 
@@ -61,6 +64,7 @@ class Streamer:
         self._buffer: torch.Tensor | None = None
         self._views: dict[tuple[int, Layer], Views] = {}
         self._waiting: tuple[Layer | None, int] = None, 0
+        self._small_bytes = self._together_bytes = 0.0
         self._ahead: deque[Transfer] = deque()
         self._leased: dict[Transfer, None] = {}
         self._retired: deque[Transfer] = deque(maxlen=64)
@@ -69,6 +73,12 @@ class Streamer:
     @property
     def ring_bytes(self) -> int:
         return 0 if self._buffer is None else self._buffer.numel()
+
+    def use_link(self, bytes_per_s: float) -> None:
+        """Copies small layers together as it pays on a link of that bandwidth. Only between steps."""
+        bytes_per_s = max(bytes_per_s, SLOWEST_LINK_BYTES_PER_S)
+        self._small_bytes = bytes_per_s * SMALL_COPY_S
+        self._together_bytes = bytes_per_s * TOGETHER_COPY_S
 
     def resize(self, ring_bytes: int) -> None:
         """Gives the ring another size (0: none). What was fetched ahead is dropped. Only between steps.
@@ -269,12 +279,13 @@ class Streamer:
     def _together(self, first: Layer, wrap: bool) -> list[Layer]:
         """The layers that are fetched by one copy, from `first` on, which comes next."""
         together = [first]
-        if self.copier.staged or first.payload_bytes >= SMALL_BYTES or not first.home.page_locked:
+        small = self._small_bytes
+        room = min(self._together_bytes, self.ring_bytes // TOGETHER_RING_SHARE) - first.payload_bytes
+        if first.payload_bytes >= small or self.copier.staged or not first.home.page_locked:
             return together
-        room = min(TOGETHER_BYTES, self.ring_bytes // TOGETHER_SHARE) - first.payload_bytes
         while True:
             layer = self.order.ahead(len(self._ahead) + len(together), wrap=wrap)
-            if layer is None or layer.resident is not None or layer.payload_bytes >= SMALL_BYTES:
+            if layer is None or layer.resident is not None or layer.payload_bytes >= small:
                 return together
             room -= layer.payload_bytes
             if room < 0 or layer in together or not layer.home.follows(together[-1].home):
