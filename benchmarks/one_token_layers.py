@@ -5,8 +5,8 @@
 They are 27 % of Flux's weights. For each share of the weights that is resident, the predicted step of: every
 layer treated alike (residents spread over bytes); modulation layers resident first; the planner's own choice,
 which knows only times and bytes; and, with their outputs kept for a pass with the same prompt and sigma, a
-model without them. `--measured`: also the steps of a first and of a second image on the simulated
-accelerator.
+model without them. `--measured`: also the steps of a first image, of a second one, and of one of a new
+prompt, on the simulated accelerator.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import planner_models
 import torch
-from step_models import BusyFlux, BusyLinear, flux_work, lend_to_busy_layers
+from step_models import READ_BYTES, BusyFlux, BusyLinear, flux_work, lend_to_busy_layers
 from step_rigs import SimulatedRig
 from step_runner import WARM_UP_STEPS, budget_bytes
 from torch import Tensor, nn
@@ -97,7 +97,8 @@ def measure(type_name: str, pixels: int, tflops: float, link: float, share: floa
 
 
 class Modulated(nn.Module):
-    """The layers of a `BusyFlux` in their order; those of the modulation see the time instead of the image.
+    """The layers of a `BusyFlux` in their order; those of the modulation see the time and the text instead of
+    the image.
 
     Attributes:
         modulation: the names of those.
@@ -111,43 +112,65 @@ class Modulated(nn.Module):
         self.modulation = {name for name in names if re.search(FLUX_LAYERS, of_flux[name])}
         self._order = names
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, pooled: Tensor) -> Tensor:
+        vector = time[:, None] + pooled
         for name in self._order:
             layer = self.get_submodule(name)
-            x = x + layer(time) if name in self.modulation else layer(x)
+            x = x[:, :READ_BYTES]  # Zeros that stand for a layer's output are as wide as its weight.
+            x = x + layer(vector) if name in self.modulation else layer(x)
         return x
+
+
+def least(named: dict[str, Any], count: int) -> dict[str, Any]:
+    return {"x": named["x"].repeat(count, 1)}
 
 
 @torch.no_grad()
 def steps_of_images(rig: SimulatedRig, share: float) -> Row:
-    """The mean step of a first and of a second image, each without its first steps, which are measured for
-    the plan or change it; and whether both end alike."""
+    """The mean step of a first image, of a second one of the same prompt, each without its first steps, which
+    are measured for the plan or change it, and without its last; that of all steps of an image of a new
+    prompt, and of such an image where nothing is computed ahead; and whether images of one prompt end
+    alike."""
     model = Modulated(cast(BusyFlux, rig.qswap_model()))
     layers = "|".join(map(re.escape, model.modulation))
-    conditioning = Conditioning(("time",), ("x",), f"^({layers})$")
+    conditioning = Conditioning(("time", "pooled"), ("x",), f"^({layers})$", least=least)
     options: dict[str, Any] = {"compute_dtype": torch.bfloat16, "conditioning": conditioning}
     attachment = attach(model, device="simgpu", location="shared", budget_bytes=0, **options)
     lend_to_busy_layers(attachment)
     attachment.modules.keep_outputs(attachment)
     attachment.rebalance(budget_bytes(attachment, share))
-    (x,) = rig.inputs(model)
-    driver, row, ends = rig.device, {}, []
-    for image in ("first", "second"):
+    x = rig.inputs(model)[0][None]
+    driver, row, ends = rig.device, {}, {}
+    for image, prompt in (("first", 0), ("second", 0), ("new", 1), ("new_alone", 1)):
+        if image == "new_alone":
+            attachment.idle.kept.clear()
+            attachment.idle.allowed = False
+            for step in range(WARM_UP_STEPS):  # The plan is made for all layers again.
+                model(x, torch.full((1,), step, device=x.device), torch.full_like(x, prompt))
         marks = []
         attachment.run.begin(STEPS)
         for step in range(STEPS):
             marks.append(driver.new_event(timing=True))
             marks[-1].record(driver.current_stream())
-            output = model(x, torch.full_like(x, step))
+            output = model(
+                x,
+                torch.full((1,), step, dtype=x.dtype, device=x.device),
+                torch.full_like(x, prompt),
+            )
+        marks.append(driver.new_event(timing=True))
+        marks[-1].record(driver.current_stream())
         driver.synchronize()
-        ends.append(output.cpu())
+        ends.setdefault(prompt, []).append(output.cpu())
+        if prompt:
+            row[f"{image}_prompt_s"] = marks[0].elapsed_time(marks[-1]) * 1e-3 / STEPS
+            continue
         # The last step has nothing to fetch for the next one.
         row[f"{image}_image_s"] = (
-            marks[WARM_UP_STEPS].elapsed_time(marks[-1]) * 1e-3 / (STEPS - 1 - WARM_UP_STEPS)
+            marks[WARM_UP_STEPS].elapsed_time(marks[-2]) * 1e-3 / (STEPS - 1 - WARM_UP_STEPS)
         )
         row[f"{image}_image_bytes"] = ledger.model_snapshot(attachment)["bytes"]["swapped_per_step"]
     attachment.detach()
-    return row | {"same": torch.equal(*ends)}
+    return row | {"same": all(torch.equal(*images) for images in ends.values())}
 
 
 def measured_rows(file: Path) -> list[Row]:
@@ -180,7 +203,10 @@ def main() -> None:
     if arguments.measured:
         result["measured"] = measured_rows(demo_file("Q4_K"))
         for row in result["measured"]:
-            seconds = f"{row['first_image_s']:.3f} s a step, second {row['second_image_s']:.3f} s"
+            seconds = (
+                f"{row['first_image_s']:.3f} s a step, second {row['second_image_s']:.3f} s, new prompt "
+                f"{row['new_prompt_s']:.3f} s, not ahead {row['new_alone_prompt_s']:.3f} s"
+            )
             wrong = "" if row["same"] else "; THEIR OUTPUTS DIFFER"
             print(f"{row['case']}, budget {row['budget_share']:.0%}: first image {seconds}{wrong}")
     if arguments.json:

@@ -688,3 +688,7 @@ def test_a_step_that_waits_for_the_link_is_shorter_for_another_image(tmp_path):
     share = row["second_image_bytes"] / row["first_image_bytes"]
     assert share < 0.7
     assert row["second_image_s"] == pytest.approx(share * row["first_image_s"], rel=0.05)
+    # For a new prompt those layers travel once an image, not hidden by anything.
+    travels_once = (1 - share) / one_token_layers.STEPS
+    assert row["new_prompt_s"] == pytest.approx((share + travels_once) * row["first_image_s"], rel=0.05)
+    assert row["new_alone_prompt_s"] == pytest.approx(row["first_image_s"], rel=0.05)

@@ -24,7 +24,17 @@ from lib_qswap.swap.home import LOCATIONS, Location
 from lib_qswap.swap.manager import Attachment, attach
 
 MB = 1 << 20
-CONDITIONING = Conditioning(("pooled", "time", "guidance"), ("img", "txt", "rotation"), FLUX_LAYERS)
+
+
+def _least(named: dict[str, Any], count: int) -> dict[str, Any]:
+    """One token of a picture, and one of a text."""
+    picture, text = (named[name][:, :1].repeat(count, 1, 1) for name in ("img", "txt"))
+    return {"img": picture, "txt": text, "rotation": named["rotation"][:, :2]}
+
+
+CONDITIONING = Conditioning(
+    ("time", "pooled", "guidance"), ("img", "txt", "rotation"), FLUX_LAYERS, least=_least
+)
 ARITHMETICS: tuple[Arithmetic, ...] = ("exact", "like Forge")
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lib_qswap.swap.attachment_part import AttachmentPart
 from lib_qswap.swap.kept_outputs import KeptOutputs
+from lib_qswap.swap.look_ahead import LookAhead
 from lib_qswap.swap.profile import Work
 
 if TYPE_CHECKING:
-    from lib_qswap.swap.conditioning import Conditioning
+    from lib_qswap.swap.conditioning import Asked, Conditioning
     from lib_qswap.swap.layer import Layer
     from lib_qswap.swap.manager import Attachment
 
@@ -23,6 +24,7 @@ class IdleLayers(AttachmentPart):
     Attributes:
         conditioning: what some layers depend on alone; None: nothing is known.
         kept: the outputs of those.
+        ahead: what computes them before their steps.
         allowed: whether the user wants any to be kept.
         layers: those that are idle now.
         spared_bytes: what fewer bytes travel in a step than with them; before another plan is made, what they
@@ -37,6 +39,7 @@ class IdleLayers(AttachmentPart):
         self._swapped_before = 0
         covered = [layer for layer in model.layers if conditioning is not None and conditioning.covers(layer)]
         self.kept = KeptOutputs(covered, model.device.device)
+        self.ahead = LookAhead(model, conditioning)
 
     @property
     def spared_bytes(self) -> int:
@@ -45,7 +48,7 @@ class IdleLayers(AttachmentPart):
 
     def conditioning_of(
         self, root: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Hashable:
+    ) -> Asked | None:
         """What a forward of `root` with these arguments gives `before_step`. It is not asked for where all
         layers are resident: that takes no time to be saved."""
         model = self._model
@@ -56,14 +59,18 @@ class IdleLayers(AttachmentPart):
             or all(layer.resident is not None for layer in model.layers)
         ):
             return None
-        return self.conditioning.key(root, args, kwargs, model.device.device)
+        return self.conditioning.asked(root, args, kwargs, model.device.device)
 
-    def before_step(self, work: Work, conditioning: Hashable) -> None:
+    def before_step(self, work: Work, asked: Asked | None) -> None:
         """A forward begins; what follows from its conditioning happens to the model's order and plan."""
         model = self._model
         # Before they are measured, all layers have to run.
         measured = model.adaptation.profile.has_measured(work) or not model.device.has_clock
-        served = self.kept.begin(conditioning, may_serve=measured)
+        if asked is not None:
+            self.ahead.note(asked.key)
+            if measured and model.plan is not None:
+                self.ahead.prepare(asked)
+        served = self.kept.begin(None if asked is None else asked.key, may_serve=measured)
         layers = self.kept.layers if served else frozenset()
         if layers == self.layers:
             return

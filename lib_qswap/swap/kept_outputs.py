@@ -9,15 +9,18 @@ all there runs without these layers, and nothing is fetched for them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable
+import functools
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from lib_qswap.swap.conditioning import Key
 from lib_qswap.swap.device import align
 
 if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer
+    from lib_qswap.swap.look_ahead import Rehearsal
 
 SHARE_OF_WEIGHTS = 8
 """What is kept takes at most this part of the bytes that its layers' weights have."""
@@ -59,11 +62,13 @@ class KeptOutputs:
     Attributes:
         layers: those that are computed from the conditioning alone.
         nbytes: RAM that the outputs take.
+        rehearsal: what runs the layers now, instead of a step.
     """
 
     def __init__(self, layers: Iterable[Layer], device: torch.device) -> None:
         self.layers = frozenset(layers)
         self.nbytes = 0
+        self.rehearsal: Rehearsal | None = None
         self._device = device
         self._limit_bytes = sum(layer.payload_bytes for layer in self.layers) // SHARE_OF_WEIGHTS
         self._kept: dict[Hashable, _Kept] = {}
@@ -119,6 +124,37 @@ class KeptOutputs:
         self._served = {layer: place.view(memory) for layer, place in kept.places.items()}
         return True
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
+    @property
+    def most_steps(self) -> int:
+        """Of how many steps the outputs can be kept; 0 where none has been yet."""
+        return self._limit_bytes // self._step_bytes if self._step_bytes else 0
+
+    def like(self, key: Key) -> Key | None:
+        """That of another step that differs from `key` in nothing but the values of tensors."""
+        for other in reversed(self._kept):
+            if isinstance(other, Key) and (other.rest, other.description) == (key.rest, key.description):
+                return other
+        return None
+
+    def outputs_of(self, key: Hashable) -> dict[Layer, torch.Tensor]:
+        """What is kept for `key`, on the CPU."""
+        kept = self._kept[key]
+        return {layer: place.view(kept.memory) for layer, place in kept.places.items()}
+
+    def store_ahead(self, keys: Sequence[Hashable], outputs: dict[Layer, torch.Tensor]) -> None:
+        """The outputs of steps to come, `keys` (no more than `most_steps`), one behind the other for each
+        layer. These are asked for next: what was asked for longest ago makes room."""
+        by_age = sorted(self._kept, key=lambda key: self._kept[key].asked)
+        while by_age and self.nbytes + len(keys) * self._step_bytes > self._limit_bytes:
+            self._drop(by_age.pop(0))
+        for place, key in enumerate(keys):
+            self._store(key, {layer: output[place] for layer, output in outputs.items()})
+        # They are served at once.
+        self._known_in_a_row = MOST_IN_A_ROW
+
     def output(self, layer: Layer) -> torch.Tensor | None:
         """What `layer` computes in this step, where that was kept; once."""
         return self._served.pop(layer, None)
@@ -168,12 +204,12 @@ class KeptOutputs:
             places[layer] = _Place(start, nbytes, output.shape, output.dtype)
             start += align(nbytes)
         if self._make_room(start):
-            together = torch.empty(start, dtype=torch.uint8, device=self._device)
+            device = next(iter(outputs.values())).device
+            together = torch.empty(start, dtype=torch.uint8, device=device)
             for layer, place in places.items():
                 place.view(together).copy_(outputs[layer])
             # Ordinary RAM, for which the host waits here: it would wait at the next step's beginning.
-            memory = torch.empty(start, dtype=torch.uint8)
-            memory.copy_(together)
+            memory = together.cpu()
             self._kept[key] = _Kept(memory, places, self._asked)
             self.nbytes += start
             self._step_bytes = start
@@ -190,9 +226,11 @@ class KeptOutputs:
             lacking = self.nbytes + nbytes > self._limit_bytes
             if kept.asked >= old and not (lacking and kept.asked <= not_in_the_cycle):
                 break
-            self.nbytes -= kept.memory.numel()
-            del self._kept[key]
+            self._drop(key)
         return self.nbytes + nbytes <= self._limit_bytes
+
+    def _drop(self, key: Hashable) -> None:
+        self.nbytes -= self._kept.pop(key).memory.numel()
 
 
 class KeptForward:
@@ -212,6 +250,9 @@ class KeptForward:
         module = self._layer.module()
         if module is None:
             raise ReferenceError(f"{self._layer.name}: its module is gone")
-        output = (self._own or type(module).forward)(module, *args, **kwargs)
+        own = self._own or type(module).forward
+        if self._kept.rehearsal is not None:
+            return self._kept.rehearsal.run(self._layer, functools.partial(own, module), args, kwargs)
+        output = own(module, *args, **kwargs)
         self._kept.keep(self._layer, output)
         return output

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from lib_qswap.swap.arena import (
     use_file,
     whole_arenas,
 )
-from lib_qswap.swap.conditioning import Conditioning
+from lib_qswap.swap.conditioning import Asked, Conditioning
 from lib_qswap.swap.device import ALIGNMENT_BYTES, Device, align, device_of
 from lib_qswap.swap.device_state import state_of
 from lib_qswap.swap.home import LOCATIONS, Location, choose_homes, default_pin_budget_bytes, has_file
@@ -313,17 +313,25 @@ class Attachment:
         """Begins the copies of all residents now, for a host that will not run the model at once."""
         self.state.streamer.begin_uploads(self.layers)
 
-    def make_plan(self, budget_bytes: int) -> Plan:
-        """The plan for `budget_bytes`, from measured times where there are any; nothing is changed."""
-        return self._plans.make(
-            profile.costs(self.running_layers),
+    def make_plan(self, budget_bytes: int, layers: Sequence[Layer] | None = None) -> Plan:
+        """The plan for `budget_bytes`, from measured times where there are any; nothing is changed. layers:
+        those that steps run; None: those that they run now."""
+        layers = self.running_layers if layers is None else layers
+        # So large that those which are idle can be fetched ahead of their steps.
+        largest, largest_running = (
+            max((layer.payload_bytes for layer in some), default=0) for some in (self.layers, layers)
+        )
+        beside = 0 if self._ring_bytes is not None else max(0, largest - largest_running)
+        plan = self._plans.make(
+            profile.costs(layers),
             # The ring comes in whole alignments: a budget that does not would be passed by the rest.
-            budget_bytes=max(0, budget_bytes - self.fixed_bytes - self.scratch_bytes)
+            budget_bytes=max(0, budget_bytes - self.fixed_bytes - self.scratch_bytes - beside)
             // ALIGNMENT_BYTES
             * ALIGNMENT_BYTES,
             link_bytes_per_s=self.link_bytes_per_s(),
             ring_bytes=self._ring_bytes,
         )
+        return plan._replace(ring_bytes=plan.ring_bytes + beside) if plan.ring_bytes else plan
 
     def link_bytes_per_s(self) -> float:
         steps = [step for step in self.state.streamer.timeline.finished if step.copy_s > 0]
@@ -490,15 +498,14 @@ class Attachment:
         self._finalizer.detach()
 
     # -------------------------------------------------------------------------------------------------- steps
-    def begin_step(
-        self, root: torch.nn.Module, work: Work | None = None, conditioning: Hashable = None
-    ) -> None:
+    def begin_step(self, root: torch.nn.Module, work: Work | None = None, asked: Asked | None = None) -> None:
         """The forward of `root` (the module, or a part of it that runs by itself) begins; `work`: what it is
-        asked for; `conditioning`: as from `IdleLayers.conditioning_of`, None: not known."""
+        asked for, as far as its time goes; `asked`: as from `IdleLayers.conditioning_of`, None: not
+        known."""
         work = work or Work(id(root), ())
         self.used_at = time.time()
         self.state.enter()
-        self.idle.before_step(work, conditioning)
+        self.idle.before_step(work, asked)
         measured = self.adaptation.before_step(work)
         self.run.count_forward()
         self.state.streamer.begin_step(id(root), wrap=self.run.goes_on, measured=work if measured else None)

@@ -32,8 +32,8 @@ class ModuleHooks:
         def before(root: torch.nn.Module, args: Any, kwargs: Any) -> None:
             attachment = reference()
             if attachment is not None:
-                conditioning = attachment.idle.conditioning_of(root, args, kwargs)
-                attachment.begin_step(root, work_of(id(root), args, kwargs), conditioning)
+                asked = attachment.idle.conditioning_of(root, args, kwargs)
+                attachment.begin_step(root, work_of(id(root), args, kwargs), asked)
 
         def after(root: torch.nn.Module, _args: Any, _output: Any) -> None:
             attachment = reference()

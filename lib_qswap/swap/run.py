@@ -9,20 +9,25 @@ class Run:
     Attributes:
         steps: of the run; None: not known.
         index: of the step that began last, from 1; 0 before the first one.
+        number: of runs so far that were begun, or whose steps the host has counted.
     """
 
     def __init__(self) -> None:
         self.steps: int | None = None
         self.index = 0
+        self.number = 0
         self._host_counts = False
 
     def begin(self, steps: int | None) -> None:
         """A run of `steps` forwards begins (None: not known how many): nothing is fetched for a forward after
         the last."""
         self.steps, self.index, self._host_counts = steps, 0, False
+        self.number += 1
 
     def progress(self, step: int, of: int) -> None:
         """The host counts the steps itself: number `step` (from 1) of `of` begins, one forward or more."""
+        if not self._host_counts or step < self.index:
+            self.number += 1
         self.steps, self.index, self._host_counts = of, step, True
 
     def end(self) -> None:

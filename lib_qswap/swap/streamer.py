@@ -9,9 +9,10 @@ the same slot after what has read it, by events. The calling thread waits only f
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -67,6 +68,7 @@ class Streamer:
         self._small_bytes = self._together_bytes = 0.0
         self._ahead: deque[Transfer] = deque()
         self._leased: dict[Transfer, None] = {}
+        self._held: dict[Layer, ResidentLease] = {}
         self._retired: deque[Transfer] = deque(maxlen=64)
 
     # ------------------------------------------------------------------------------------------ between steps
@@ -209,10 +211,24 @@ class Streamer:
             elif self.timeline.profiling:
                 self.timeline.used_at_once(layer)
             return MeasuredLease(layer, self.timeline) if self.timeline.profiling else layer.lease
+        if layer in self._held:
+            return self._held[layer]
         with self._lock:
             transfer = self._claim(layer)
         self._await(transfer)
         return Lease(transfer.parts, transfer, self)
+
+    @contextlib.contextmanager
+    def held(self, layer: Layer) -> Iterator[None]:
+        """Inside, the weights of `layer` are there for any number of uses."""
+        lease = self.acquire(layer)
+        try:
+            if layer.resident is None:
+                self._held[layer] = ResidentLease(lease.parts)
+            yield
+        finally:
+            self._held.pop(layer, None)
+            lease.release()
 
     def _await_resident(self, layer: Layer) -> None:
         """The first use of a resident: its copy may be under way, or still to come."""
