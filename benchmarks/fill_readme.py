@@ -170,8 +170,8 @@ def one_token_layers() -> list[str]:
     rows = result("one_token_layers")["measured"]
     lines = [
         "What the outputs of the modulation layers save that are kept: a step of the same model on the same",
-        "simulated accelerator, from Shared, for another image of the same prompt and schedule, and for a new",
-        "prompt, whose outputs are computed ahead for all steps (the mean of 12 steps, with that; in",
+        "simulated accelerator, from Shared, for another image of the same prompt and schedule, and for a",
+        "new prompt, whose outputs are computed ahead for all steps (the mean of 12 steps, with that; in",
         "brackets: without).",
         "",
         "| | budget | first image | same prompt | new prompt | travels in a step |",
@@ -180,7 +180,8 @@ def one_token_layers() -> list[str]:
     for row in rows:
         lines.append(
             f"| {row['case']} | {row['budget_share']:.0%} | {row['first_image_s']:.2f} s "
-            f"| {row['second_image_s']:.2f} s | {row['new_prompt_s']:.2f} s ({row['new_alone_prompt_s']:.2f}) "
+            f"| {row['second_image_s']:.2f} s "
+            f"| {row['new_prompt_s']:.2f} s ({row['new_alone_prompt_s']:.2f} s) "
             f"| {row['first_image_bytes'] / 1e6:.0f}, then {row['second_image_bytes'] / 1e6:.0f} MB |"
         )
     return lines
