@@ -176,11 +176,27 @@ def test_other_times_than_expected_are_computed(setup, plain):
     assert used[:2] == [INDEPENDENT] * 2
     assert used[2] == DEPENDENT | INDEPENDENT
     assert equal(images, plain.image(times, **model.prompt(1)))
-    # The schedule is known from now on.
+    # Another time has followed 0.75 before: this one is no guess until it has come twice in a row.
     images = []
     used = model.used_in_steps(lambda: images.extend(model.image(times, **model.prompt(2))))
+    assert used[:2] == [INDEPENDENT] * 2
+    used = model.used_in_steps(lambda: images.extend(model.image(times, **model.prompt(3))))
     assert used == [INDEPENDENT] * 4
-    assert equal(images, plain.image(times, **model.prompt(2)))
+    assert equal(images, [one for n in (2, 3) for one in plain.image(times, **plain.prompt(n))])
+
+
+def test_pictures_of_two_sizes_have_their_own_times(setup, plain):
+    model = setup()
+    sizes = {8: TIMES, 4: (1.0, 0.6, 0.5, 0.1)}
+    x = model.x
+    for number in range(3):
+        for tokens, times in sizes.items():
+            model.x = plain.x = x[:, :tokens]
+            images = []
+            prompt = model.prompt(10 * number + tokens)
+            used = model.used_in_steps(lambda: images.extend(model.image(times, **prompt)))  # noqa: B023
+            assert equal(images, plain.image(times, **prompt))
+            assert number < 2 or used == [INDEPENDENT] * 4
 
 
 @pytest.mark.parametrize("what", ["no length", "one step", "another length", "does not pay", "no least"])
@@ -204,14 +220,30 @@ def test_a_plan_that_gains_too_little_for_the_transfer_does_not_pay(setup, alway
     for layer in attachment.layers:
         layer.times.measured = Measured(0.01, 0.01)
     # Five layers compute for 0.05 s, ahead as well as in each step.
-    step_s = {True: 0.55, False: 0.4}
+    step_s = {True: 0.545, False: 0.4}
     covered = sum(layer.payload_bytes for layer in attachment.idle.kept.layers)
     attachment.make_plan = lambda _budget, layers: attachment.plan._replace(
         step_s=step_s[len(layers) == len(attachment.layers)]
     )
-    attachment.link_bytes_per_s = lambda: covered / 0.35
+    taken_s = 0.35 - 4 * 5 * look_ahead.HOST_S
+    attachment.link_bytes_per_s = lambda: covered / taken_s
     assert not always_pays(attachment.idle.ahead, 3)
     assert always_pays(attachment.idle.ahead, 4)
+
+
+def test_where_no_step_waits_no_other_plan_is_made(setup, always_pays):
+    attachment = warmed(setup).attachment
+    for layer in attachment.layers:
+        layer.times.measured = Measured(0.01, 0.01)
+    asked = []
+
+    def make_plan(_budget, layers):
+        asked.append(len(layers))
+        return attachment.plan._replace(step_s=0.01 * len(layers))
+
+    attachment.make_plan = make_plan
+    assert not always_pays(attachment.idle.ahead, 20)
+    assert asked == [len(attachment.layers)]
 
 
 def test_layers_that_depend_on_something_else_are_found_out(setup, plain):

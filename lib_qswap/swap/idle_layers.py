@@ -67,7 +67,7 @@ class IdleLayers(AttachmentPart):
         # Before they are measured, all layers have to run.
         measured = model.adaptation.profile.has_measured(work) or not model.device.has_clock
         if asked is not None:
-            self.ahead.note(asked.key)
+            self.ahead.note(asked)
             if measured and model.plan is not None:
                 self.ahead.prepare(asked)
         served = self.kept.begin(None if asked is None else asked.key, may_serve=measured)

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from lib_qswap.swap import ledger, profile
 from lib_qswap.swap.attachment_part import AttachmentPart
-from lib_qswap.swap.conditioning import Asked, Conditioning, Key
+from lib_qswap.swap.conditioning import Asked, Conditioning, Key, Value
 
 if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer
@@ -31,8 +31,27 @@ if TYPE_CHECKING:
 MOST_AHEAD = 128
 """Steps that are computed ahead at once."""
 
-KEPT_SCHEDULES = 1024
+KEPT_LINKS = 1024
 """Time steps of which it is known what follows them."""
+
+HOST_S = 100e-6
+"""What one output of one layer takes the host, about."""
+
+
+class _Link(NamedTuple):
+    """What followed a time step the last time, and how often in a row; where something else had followed
+    before, it is no guess until it has come again."""
+
+    next: _Place
+    times: int
+
+
+class _Place(NamedTuple):
+    """A time step of a run. situation: of runs whose time steps are the same: their number of steps, and
+    the shapes of what their steps are asked for."""
+
+    situation: Hashable
+    time: Value
 
 
 class LookAhead(AttachmentPart):
@@ -41,34 +60,38 @@ class LookAhead(AttachmentPart):
     def __init__(self, model: Attachment, conditioning: Conditioning | None) -> None:
         super().__init__(model)
         self._conditioning = conditioning
-        self._next: dict[Hashable, Hashable] = {}
-        self._last: tuple[Hashable, Hashable] | None = None
+        self._links: dict[_Place, _Link] = {}
+        self._last: tuple[int, _Place] | None = None
         self._works = conditioning is not None and conditioning.least is not None
         self._checked: set[Hashable] = set()
+        self._does_not_pay_in: int | None = None
 
-    def note(self, key: Key) -> None:
-        """A step of `key` begins: its time step follows the one before it in every run of as many steps."""
-        run = self._model.run
-        situation = run.steps, key.description
-        here = (situation, key.time)
+    def note(self, asked: Asked) -> None:
+        """A step begins: its time step follows the one before it in every run like this."""
+        number, here = self._model.run.number, self._place(asked)
         if self._last is not None:
-            number, before = self._last
-            if number == run.number and before != here:
-                if len(self._next) >= KEPT_SCHEDULES:
-                    self._next.clear()
-                self._next[before] = here
-        self._last = run.number, here
+            of_run, before = self._last
+            if of_run == number and before != here:
+                if len(self._links) >= KEPT_LINKS:
+                    self._links.clear()
+                known = self._links.get(before)
+                times = 1 if known is None else known.times + 1 if known.next == here else 0
+                self._links[before] = _Link(here, times)
+        self._last = number, here
 
-    def _coming(self, key: Key) -> list[Key]:
-        """The steps of this run from `key` on, as far as they are known."""
-        here: Any = ((self._model.run.steps, key.description), key.time)
-        found = [here]
+    def _place(self, asked: Asked) -> _Place:
+        shapes = tuple(value.shape for value in asked.named.values() if isinstance(value, torch.Tensor))
+        return _Place((self._model.run.steps, asked.key.description, shapes), asked.key.time)
+
+    def _coming(self, asked: Asked) -> list[Key]:
+        """The steps of this run from this one on, as far as they are known."""
+        found = [self._place(asked)]
         while len(found) < MOST_AHEAD:
-            here = self._next.get(here)
-            if here is None or here in found:
+            link = self._links.get(found[-1])
+            if link is None or not link.times or link.next in found:
                 break
-            found.append(here)
-        return [key.at(time) for _, time in found]
+            found.append(link.next)
+        return [asked.key.at(place.time) for place in found]
 
     def prepare(self, asked: Asked) -> None:
         """Before a step that was not seen before: keeps its outputs, and those of the steps that follow it,
@@ -76,31 +99,32 @@ class LookAhead(AttachmentPart):
         model = self._model
         kept = model.idle.kept
         key = asked.key
-        if not self._works or model.run.steps is None or key in kept:
+        run = model.run
+        if not self._works or run.steps is None or key in kept or self._does_not_pay_in == run.number:
             return
         assert self._conditioning is not None
-        coming = [one for one in self._coming(key) if one not in kept][: kept.most_steps]
-        if len(coming) < 2 or not self._conditioning.is_own(asked.network) or not self._pays(len(coming)):
+        coming = [one for one in self._coming(asked) if one not in kept][: kept.most_steps]
+        if len(coming) < 2 or not self._conditioning.is_own(asked.network):
             return
         check = kept.like(key) if key.rest not in self._checked else None
         if key.rest not in self._checked and check is None:
             return
+        if not self._pays(len(coming)):
+            self._does_not_pay_in = run.number
+            return
         try:
             outputs = self._rehearse(asked, [*coming, *([check] if check is not None else [])])
+            if check is not None:
+                before = kept.outputs_of(check)
+                if any(not _same_bits(before[layer], output[-1]) for layer, output in outputs.items()):
+                    raise ValueError("what it gives differs from what a step gave")
+                self._checked.add(key.rest)
+            kept.store_ahead(coming, outputs)
         except torch.cuda.OutOfMemoryError:  # the name that torch 2.3 has as well, for every device
             model.device.empty_cache()
-            return
         except Exception as error:
             # What can be wrong with a file is said by the step itself, which reads it, too.
             self._give_up(f"{type(error).__name__}: {error}")
-            return
-        if check is not None:
-            before = kept.outputs_of(check)
-            if any(not _same_bits(before[layer], output[-1]) for layer, output in outputs.items()):
-                self._give_up("what it gives differs from what a step gave")
-                return
-            self._checked.add(key.rest)
-        kept.store_ahead(coming, outputs)
 
     def _give_up(self, reason: str) -> None:
         self._works = False
@@ -120,11 +144,14 @@ class LookAhead(AttachmentPart):
         if max(fetched, default=0) > model.plan.ring_bytes:
             return False
         others = [layer for layer in model.layers if layer not in covered]
-        whole, without = (
-            model.make_plan(model.budget_bytes, layers).step_s for layers in (model.layers, others)
-        )
-        computing = sum(cost.compute_s for cost in profile.costs(list(covered)))
-        return steps * (whole - without - computing) > sum(fetched) / model.link_bytes_per_s()
+        taken_s = sum(fetched) / model.link_bytes_per_s() + steps * len(covered) * HOST_S
+        whole_s = model.make_plan(model.budget_bytes, model.layers).step_s
+        computing_s = sum(cost.compute_s for cost in profile.costs(model.layers))
+        if steps * (whole_s - computing_s) <= taken_s:  # Nothing waits that long: the other plan is spared.
+            return False
+        without_s = model.make_plan(model.budget_bytes, others).step_s
+        ahead_s = sum(cost.compute_s for cost in profile.costs(list(covered)))
+        return steps * (whole_s - without_s - ahead_s) > taken_s
 
     def _rehearse(self, asked: Asked, keys: Sequence[Key]) -> dict[Layer, torch.Tensor]:
         """What each layer gives for each of `keys`, on the CPU, (keys, ...).
