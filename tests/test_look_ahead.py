@@ -55,16 +55,26 @@ class Images(Setup):
         return found
 
 
-@pytest.fixture(params=["cpu", pytest.param("simgpu", marks=pytest.mark.simgpu)])
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA GPU here"),
+]
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("simgpu", marks=pytest.mark.simgpu),
+        pytest.param("cuda", marks=ON_GPU),
+    ]
+)
 def setup(request):
-    device = "cpu"
     if request.param == "simgpu":
         request.getfixturevalue("sim")
-        device = "simgpu"
     made = []
 
     def make(**options):
-        made.append(Images(device, **{"conditioning": of_network(), **options}))
+        made.append(Images(request.param, **{"conditioning": of_network(), **options}))
         return made[-1]
 
     yield make
@@ -166,6 +176,99 @@ def test_prompts_that_take_turns_within_a_step_are_both_computed_ahead(setup, pl
     used = model.used_in_steps(lambda: images.extend(image(model, *prompts)))
     assert used == [INDEPENDENT] * 8
     assert equal(images, image(plain, *prompts))
+
+
+def test_prompts_of_two_lengths_are_each_computed_once(setup, plain):
+    """As Forge's that cannot be one batch: their shapes differ where the layers see nothing of it."""
+    model = warmed(setup)
+    kept = model.attachment.idle.kept
+    contexts = [torch.zeros(1, 1, WIDTH, device=model.device), torch.zeros(1, model.x.shape[1], WIDTH)]
+    contexts[1] = contexts[1].to(model.device)
+
+    def image(model, *prompts):
+        model.attachment.run.begin(2 * len(TIMES))
+        both = list(zip(prompts, contexts, strict=True))
+        found = [model.step(t, p["pooled"], context=c) for t in TIMES for p, c in both]
+        model.attachment.run.end()
+        return found
+
+    image(model, model.prompt(1), model.prompt(2))
+    image(model, model.prompt(1), model.prompt(2))
+    for number in range(3, 30, 2):
+        prompts = model.prompt(number), model.prompt(number + 1)
+        images = []
+        used = model.used_in_steps(lambda prompts=prompts: images.extend(image(model, *prompts)))  # noqa: B023
+        assert used == [INDEPENDENT] * 8
+        assert kept.nbytes == len(kept._kept) * kept._step_bytes <= kept._limit_bytes
+    assert equal(images, image(plain, *prompts))
+
+
+def test_what_was_stored_ahead_and_is_still_to_come_stays(setup):
+    model = warmed(setup)
+    kept = model.attachment.idle.kept
+    kept._limit_bytes = 6 * kept._step_bytes
+    outputs = {
+        layer: one[None].repeat(4, *[1] * one.dim())
+        for layer, one in kept.outputs_of(next(iter(kept._kept))).items()
+    }
+    kept.store_ahead(["a0", "a1", "a2", "a3"], outputs)
+    assert all(f"a{step}" in kept for step in range(4))
+    kept.store_ahead(["b0", "b1", "b2", "b3"], outputs)
+    assert [key for key in kept._kept if isinstance(key, str)] == ["a0", "a1", "a2", "a3", "b0", "b1"]
+    for step in range(4):
+        assert kept.begin(f"a{step}")
+        kept.end()
+    kept.store_ahead(["c0", "c1", "c2", "c3"], outputs)
+    assert all(f"c{step}" in kept for step in range(4))
+    assert kept.nbytes == len(kept._kept) * kept._step_bytes <= kept._limit_bytes
+
+
+@pytest.mark.parametrize("what", ["memory", "room"])
+def test_what_does_not_work_in_a_run_is_not_tried_again_in_it(setup, monkeypatch, what):
+    model = warmed(setup)
+    kept, tried = model.attachment.idle.kept, []
+    rehearse = look_ahead.LookAhead._rehearse
+
+    def counted(self, asked, keys):
+        tried.append(len(keys))
+        if what == "memory":
+            raise torch.cuda.OutOfMemoryError("the device is full")
+        return rehearse(self, asked, keys)
+
+    monkeypatch.setattr(look_ahead.LookAhead, "_rehearse", counted)
+    if what == "room":
+        monkeypatch.setattr(kept, "store_ahead", lambda _keys, _outputs: None)
+    model.image(**model.prompt(1))
+    model.image(**model.prompt(2))
+    assert len(tried) == 2
+
+
+def test_a_model_that_gave_up_its_memory_runs_on(setup, plain):
+    model = warmed(setup)
+    model.attachment.give_up(1 << 40)
+    assert model.attachment.budget_bytes is None
+    assert equal(model.image(**model.prompt(1)), plain.image(**model.prompt(1)))
+
+
+@pytest.mark.simgpu
+@pytest.mark.usefixtures("sim")
+def test_it_is_judged_by_the_times_of_its_own_work():
+    model = warmed(lambda: Images("simgpu", conditioning=of_network(), budget_bytes=0))
+    attachment, x = model.attachment, model.x
+    works = {}
+    for tokens in (8, 4):
+        model.x = x[:, :tokens]
+        model.image()
+        model.image()
+        (works[tokens],) = {work for work in attachment.layers[0].times.by_work if work not in works.values()}
+    model.x = x
+    assert attachment.adaptation.profile.is_in_use(works[4])
+    judged = []
+    attachment.idle.ahead._pays = lambda _steps: judged.append(attachment.layers[0].times.measured)
+    model.image(**model.prompt(1))
+    assert judged == [attachment.layers[0].times.by_work[works[8]]]
+    assert attachment.adaptation.profile.is_in_use(works[8])
+    attachment.detach()
 
 
 def test_other_times_than_expected_are_computed(setup, plain):

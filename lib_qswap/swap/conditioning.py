@@ -142,7 +142,7 @@ class Conditioning:
             raise ValueError("the time step is no vector")
         return len(time)
 
-    def arguments_of(self, asked: Asked, keys: Sequence[Key], device: torch.device) -> Arguments:
+    def arguments_of(self, asked: Asked, keys: Sequence[Key]) -> Arguments:
         """Those of a forward with a batch for each of `keys`, and the least of everything else.
 
         Raises:
@@ -159,7 +159,8 @@ class Conditioning:
                     raise ValueError(f"{name} is a number")
                 found[name] = asked.named[name]
             else:
-                found[name] = torch.cat([_tensor(value) for value in values]).to(device)
+                together = torch.cat([_tensor(value) for value in values])
+                found[name] = together.to(asked.named[name].device)
         return found
 
 

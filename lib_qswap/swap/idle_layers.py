@@ -68,8 +68,8 @@ class IdleLayers(AttachmentPart):
         measured = model.adaptation.profile.has_measured(work) or not model.device.has_clock
         if asked is not None:
             self.ahead.note(asked)
-            if measured and model.plan is not None:
-                self.ahead.prepare(asked)
+            if measured:
+                self.ahead.prepare(asked, work)
         served = self.kept.begin(None if asked is None else asked.key, may_serve=measured)
         layers = self.kept.layers if served else frozenset()
         if layers == self.layers:

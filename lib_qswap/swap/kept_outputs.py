@@ -145,13 +145,18 @@ class KeptOutputs:
         return {layer: place.view(kept.memory) for layer, place in kept.places.items()}
 
     def store_ahead(self, keys: Sequence[Hashable], outputs: dict[Layer, torch.Tensor]) -> None:
-        """The outputs of steps to come, `keys` (no more than `most_steps`), one behind the other for each
-        layer. These are asked for next: what was asked for longest ago makes room."""
+        """The outputs of steps to come, `keys`, one behind the other for each layer: of as many as there is
+        room for. These are asked for next: what was asked for longest ago makes room, but not what was
+        stored ahead and is still to come."""
+        to_come = sum(kept.memory.numel() for kept in self._kept.values() if kept.asked > self._asked)
+        keys = keys[: max(0, self._limit_bytes - to_come) // self._step_bytes]
         by_age = sorted(self._kept, key=lambda key: self._kept[key].asked)
         while by_age and self.nbytes + len(keys) * self._step_bytes > self._limit_bytes:
             self._drop(by_age.pop(0))
         for place, key in enumerate(keys):
             self._store(key, {layer: output[place] for layer, output in outputs.items()})
+            if key in self._kept:
+                self._kept[key].asked = self._asked + 1 + place
         # They are served at once.
         self._known_in_a_row = MOST_IN_A_ROW
 
@@ -203,6 +208,8 @@ class KeptOutputs:
             nbytes = output.numel() * output.element_size()
             places[layer] = _Place(start, nbytes, output.shape, output.dtype)
             start += align(nbytes)
+        if key in self._kept:
+            self._drop(key)
         if self._make_room(start):
             device = next(iter(outputs.values())).device
             together = torch.empty(start, dtype=torch.uint8, device=device)

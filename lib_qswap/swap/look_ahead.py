@@ -26,6 +26,7 @@ from lib_qswap.swap.conditioning import Asked, Conditioning, Key, Value
 if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer
     from lib_qswap.swap.manager import Attachment
+    from lib_qswap.swap.profile import Work
     from lib_qswap.swap.streamer import Streamer
 
 MOST_AHEAD = 128
@@ -64,7 +65,7 @@ class LookAhead(AttachmentPart):
         self._last: tuple[int, _Place] | None = None
         self._works = conditioning is not None and conditioning.least is not None
         self._checked: set[Hashable] = set()
-        self._does_not_pay_in: int | None = None
+        self._not_in_run: int | None = None
 
     def note(self, asked: Asked) -> None:
         """A step begins: its time step follows the one before it in every run like this."""
@@ -93,26 +94,40 @@ class LookAhead(AttachmentPart):
             found.append(link.next)
         return [asked.key.at(place.time) for place in found]
 
-    def prepare(self, asked: Asked) -> None:
+    def prepare(self, asked: Asked, work: Work) -> None:
         """Before a step that was not seen before: keeps its outputs, and those of the steps that follow it,
-        where that pays."""
+        where that pays. What goes wrong is no matter of the step's."""
         model = self._model
-        kept = model.idle.kept
-        key = asked.key
-        run = model.run
-        if not self._works or run.steps is None or key in kept or self._does_not_pay_in == run.number:
+        run, kept = model.run, model.idle.kept
+        if (
+            not self._works
+            or run.steps is None
+            or self._not_in_run == run.number
+            or asked.key in kept
+            or model.plan is None
+            or model.budget_bytes is None
+        ):
             return
+        try:
+            self._prepare(asked, work)
+        except torch.cuda.OutOfMemoryError:  # the name that torch 2.3 has as well, for every device
+            self._not_in_run = run.number
+            model.device.empty_cache()
+        except Exception as error:
+            # What can be wrong with a file is said by the step itself, which reads it, too.
+            self._give_up(f"{type(error).__name__}: {error}")
+
+    def _prepare(self, asked: Asked, work: Work) -> None:
+        model = self._model
+        kept, key = model.idle.kept, asked.key
         assert self._conditioning is not None
-        coming = [one for one in self._coming(asked) if one not in kept][: kept.most_steps]
+        coming = [one for one in dict.fromkeys(self._coming(asked)) if one not in kept][: kept.most_steps]
         if len(coming) < 2 or not self._conditioning.is_own(asked.network):
             return
         check = kept.like(key) if key.rest not in self._checked else None
-        if key.rest not in self._checked and check is None:
+        if (key.rest not in self._checked and check is None) or not self._take_times_of(work):
             return
-        if not self._pays(len(coming)):
-            self._does_not_pay_in = run.number
-            return
-        try:
+        if self._pays(len(coming)):
             outputs = self._rehearse(asked, [*coming, *([check] if check is not None else [])])
             if check is not None:
                 before = kept.outputs_of(check)
@@ -120,11 +135,19 @@ class LookAhead(AttachmentPart):
                     raise ValueError("what it gives differs from what a step gave")
                 self._checked.add(key.rest)
             kept.store_ahead(coming, outputs)
-        except torch.cuda.OutOfMemoryError:  # the name that torch 2.3 has as well, for every device
-            model.device.empty_cache()
-        except Exception as error:
-            # What can be wrong with a file is said by the step itself, which reads it, too.
-            self._give_up(f"{type(error).__name__}: {error}")
+        if key not in kept:
+            self._not_in_run = model.run.number
+
+    def _take_times_of(self, work: Work) -> bool:
+        """Lets plans be made from what was measured for `work`; returns whether anything was."""
+        model = self._model
+        times = model.adaptation.profile
+        if not model.device.has_clock or times.is_in_use(work):
+            return True
+        model.state.streamer.timeline.collect()
+        known = times.use(work, model.layers)
+        times.reconsider()  # The step looks for its plan as it would have without this.
+        return known
 
     def _give_up(self, reason: str) -> None:
         self._works = False
@@ -162,7 +185,7 @@ class LookAhead(AttachmentPart):
         model, network = self._model, asked.network
         assert self._conditioning is not None
         covered = model.idle.kept.layers
-        arguments = self._conditioning.arguments_of(asked, keys, model.device.device)
+        arguments = self._conditioning.arguments_of(asked, keys)
         batch = self._conditioning.batch(asked)
         streamer, root = model.state.streamer, (id(network), "ahead")
         rehearsal = Rehearsal(len(keys), batch, streamer)

@@ -41,6 +41,9 @@ from lib_qswap.swap.run import Run
 ASSUMED_LINK_BYTES_PER_S = 12e9
 """What a plan is made from until the first copies are measured: PCIe 3 x16."""
 
+RING_TRIES = 3
+"""More plans that are made, each with less memory for residents, until idle layers fit into the ring."""
+
 
 class Attachment:
     """One model whose weights are kept where the user says and brought to the device in time.
@@ -317,21 +320,29 @@ class Attachment:
         """The plan for `budget_bytes`, from measured times where there are any; nothing is changed. layers:
         those that steps run; None: those that they run now."""
         layers = self.running_layers if layers is None else layers
-        # So large that those which are idle can be fetched ahead of their steps.
-        largest, largest_running = (
-            max((layer.payload_bytes for layer in some), default=0) for some in (self.layers, layers)
+        idle = set(self.layers).difference(layers)
+        largest_idle, largest = (
+            max((layer.payload_bytes for layer in some), default=0) for some in (idle, layers)
         )
-        beside = 0 if self._ring_bytes is not None else max(0, largest - largest_running)
-        plan = self._plans.make(
-            profile.costs(layers),
-            # The ring comes in whole alignments: a budget that does not would be passed by the rest.
-            budget_bytes=max(0, budget_bytes - self.fixed_bytes - self.scratch_bytes - beside)
-            // ALIGNMENT_BYTES
-            * ALIGNMENT_BYTES,
-            link_bytes_per_s=self.link_bytes_per_s(),
-            ring_bytes=self._ring_bytes,
-        )
-        return plan._replace(ring_bytes=plan.ring_bytes + beside) if plan.ring_bytes else plan
+        available = max(0, budget_bytes - self.fixed_bytes - self.scratch_bytes)
+
+        def plan_beside(nbytes: int) -> Plan:
+            return self._plans.make(
+                profile.costs(layers),
+                # The ring comes in whole alignments: a budget that does not would be passed by the rest.
+                budget_bytes=(available - nbytes) // ALIGNMENT_BYTES * ALIGNMENT_BYTES,
+                link_bytes_per_s=self.link_bytes_per_s(),
+                ring_bytes=self._ring_bytes,
+            )
+
+        # Layers that are idle are fetched ahead of their steps, where the ring is as large as they are.
+        beside, plan = 0, plan_beside(0)
+        for _ in range(RING_TRIES):
+            lacking = largest_idle - plan.ring_bytes
+            if lacking <= beside or available - lacking < largest or self._ring_bytes is not None:
+                break
+            beside, plan = lacking, plan_beside(lacking)
+        return plan._replace(ring_bytes=plan.ring_bytes + beside)
 
     def link_bytes_per_s(self) -> float:
         steps = [step for step in self.state.streamer.timeline.finished if step.copy_s > 0]
