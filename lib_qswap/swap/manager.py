@@ -325,6 +325,8 @@ class Attachment:
             max((layer.payload_bytes for layer in some), default=0) for some in (idle, layers)
         )
         available = max(0, budget_bytes - self.fixed_bytes - self.scratch_bytes)
+        if idle:  # A smaller budget is raised to the floor, which has room for any one layer.
+            available = max(available, largest_idle, largest)
 
         def plan_beside(nbytes: int) -> Plan:
             return self._plans.make(
