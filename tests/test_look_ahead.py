@@ -3,12 +3,10 @@ same bits as in each."""
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
-from test_kept_outputs import DEPENDENT, INDEPENDENT, TIMES, WIDTH, Setup, equal
-from test_kept_outputs import OF_NETWORK as WITHOUT_LEAST
+from modulated_network import DEPENDENT, INDEPENDENT, TIMES, WIDTH, Setup, equal, makers
+from modulated_network import OF_NETWORK as WITHOUT_LEAST
 
 from lib_qswap.swap import ledger, look_ahead
 from lib_qswap.swap.conditioning import Conditioning
@@ -71,17 +69,7 @@ ON_GPU = [
 def setup(request):
     if request.param == "simgpu":
         request.getfixturevalue("sim")
-    made = []
-
-    def make(**options):
-        made.append(Images(request.param, **{"conditioning": of_network(), **options}))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.attachment.detach()
-    made.clear()
-    gc.collect()
+    yield from makers(Images, request.param, conditioning=of_network())
 
 
 @pytest.fixture(autouse=True)
@@ -430,7 +418,7 @@ def test_residents_make_room_and_stay_right(setup):
 
 @pytest.mark.simgpu
 @pytest.mark.usefixtures("sim")
-@pytest.mark.parametrize("more", [None, 0, 2])
+@pytest.mark.parametrize("more", [None, 0, 1, 2])
 def test_the_ring_has_room_for_layers_that_are_larger_than_those_that_run(more):
     """more: layers beside the floor; None: a budget below it."""
     model = Images("simgpu", conditioning=of_network(), budget_bytes=0)
@@ -450,8 +438,24 @@ def test_the_ring_has_room_for_layers_that_are_larger_than_those_that_run(more):
         assert ring_bytes >= modulation
         taken = attachment.resident_bytes + ring_bytes + attachment.fixed_bytes
         assert taken <= max(budget, attachment.floor_bytes)
-    assert used == [INDEPENDENT] * 4
+    assert not set.union(*used) & DEPENDENT
     attachment.detach()
+
+
+@pytest.mark.parametrize("more", [0, 1000, 300_000])
+def test_a_ring_that_takes_not_all_that_is_left_is_made_larger(setup, more):
+    attachment = setup().attachment
+    plan, left = attachment.plan, 512
+    covered = attachment.idle.kept.layers
+    others = [layer for layer in attachment.layers if layer not in covered]
+    least = max(layer.payload_bytes for layer in covered)
+
+    def make(_costs, *, budget_bytes, link_bytes_per_s, ring_bytes):
+        return plan._replace(ring_bytes=budget_bytes - left if ring_bytes is None else ring_bytes)
+
+    attachment._plans.make = make
+    ring = attachment.make_plan(attachment.floor_bytes + more, others).ring_bytes
+    assert least <= ring <= least + more
 
 
 @pytest.mark.simgpu

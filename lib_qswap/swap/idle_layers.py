@@ -46,9 +46,7 @@ class IdleLayers(AttachmentPart):
         model = self._model
         return max(0, self._swapped_before - model.swapped_bytes) if self.layers and model.active else 0
 
-    def conditioning_of(
-        self, root: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Asked | None:
+    def asked(self, root: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Asked | None:
         """What a forward of `root` with these arguments gives `before_step`. It is not asked for where all
         layers are resident: that takes no time to be saved."""
         model = self._model

@@ -41,9 +41,6 @@ from lib_qswap.swap.run import Run
 ASSUMED_LINK_BYTES_PER_S = 12e9
 """What a plan is made from until the first copies are measured: PCIe 3 x16."""
 
-RING_TRIES = 3
-"""More plans that are made, each with less memory for residents, until idle layers fit into the ring."""
-
 
 class Attachment:
     """One model whose weights are kept where the user says and brought to the device in time.
@@ -320,31 +317,33 @@ class Attachment:
         """The plan for `budget_bytes`, from measured times where there are any; nothing is changed. layers:
         those that steps run; None: those that they run now."""
         layers = self.running_layers if layers is None else layers
-        idle = set(self.layers).difference(layers)
-        largest_idle, largest = (
-            max((layer.payload_bytes for layer in some), default=0) for some in (idle, layers)
-        )
         available = max(0, budget_bytes - self.fixed_bytes - self.scratch_bytes)
-        if idle:  # A smaller budget is raised to the floor, which has room for any one layer.
-            available = max(available, largest_idle, largest)
 
-        def plan_beside(nbytes: int) -> Plan:
+        def plan_for(nbytes: int, ring_bytes: int | None) -> Plan:
             return self._plans.make(
                 profile.costs(layers),
                 # The ring comes in whole alignments: a budget that does not would be passed by the rest.
-                budget_bytes=(available - nbytes) // ALIGNMENT_BYTES * ALIGNMENT_BYTES,
+                budget_bytes=nbytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES,
                 link_bytes_per_s=self.link_bytes_per_s(),
-                ring_bytes=self._ring_bytes,
+                ring_bytes=ring_bytes,
             )
 
-        # Layers that are idle are fetched ahead of their steps, where the ring is as large as they are.
-        beside, plan = 0, plan_beside(0)
-        for _ in range(RING_TRIES):
-            lacking = largest_idle - plan.ring_bytes
-            if lacking <= beside or available - lacking < largest or self._ring_bytes is not None:
-                break
-            beside, plan = lacking, plan_beside(lacking)
-        return plan._replace(ring_bytes=plan.ring_bytes + beside)
+        idle = set(self.layers).difference(layers)
+        if not idle or self._ring_bytes is not None:
+            return plan_for(available, self._ring_bytes)
+        # Layers that are idle are fetched ahead of their steps: they, too, have to fit into the ring.
+        least_ring = max(layer.payload_bytes for layer in idle)
+        largest = max((layer.payload_bytes for layer in layers), default=0)
+        available = max(available, least_ring, largest)  # A smaller budget is raised to the floor.
+        plan = plan_for(available, None)
+        if plan.ring_bytes >= least_ring:
+            return plan
+        if plan.ring_bytes:
+            return plan_for(available, max(least_ring, largest))
+        if available - least_ring < largest:
+            return plan
+        plan = plan_for(available - least_ring, None)
+        return plan._replace(ring_bytes=plan.ring_bytes + least_ring)
 
     def link_bytes_per_s(self) -> float:
         steps = [step for step in self.state.streamer.timeline.finished if step.copy_s > 0]
@@ -512,9 +511,8 @@ class Attachment:
 
     # -------------------------------------------------------------------------------------------------- steps
     def begin_step(self, root: torch.nn.Module, work: Work | None = None, asked: Asked | None = None) -> None:
-        """The forward of `root` (the module, or a part of it that runs by itself) begins; `work`: what it is
-        asked for, as far as its time goes; `asked`: as from `IdleLayers.conditioning_of`, None: not
-        known."""
+        """The forward of `root` (the module, or a part of it that runs by itself) begins; `work`: by
+        which its time is known; `asked`: as from `IdleLayers.asked`, None: nothing is known of it."""
         work = work or Work(id(root), ())
         self.used_at = time.time()
         self.state.enter()

@@ -32,7 +32,7 @@ class ModuleHooks:
         def before(root: torch.nn.Module, args: Any, kwargs: Any) -> None:
             attachment = reference()
             if attachment is not None:
-                asked = attachment.idle.conditioning_of(root, args, kwargs)
+                asked = attachment.idle.asked(root, args, kwargs)
                 attachment.begin_step(root, work_of(id(root), args, kwargs), asked)
 
         def after(root: torch.nn.Module, _args: Any, _output: Any) -> None:
