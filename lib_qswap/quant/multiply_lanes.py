@@ -9,7 +9,8 @@ the end. A few rows share the inputs, which are converted and added up once for 
 Integers are converted to fp32 at a fraction of the rate of other instructions. Where inputs are in half
 precision, numbers below 2^b are placed in the mantissa of 2^b instead, which makes them 2^b + the number, and
 sums begin with as much less. They are a few times less accurate then, as far as fp32 goes. b is odd: 2^b then
-has no bit in the byte of its mantissa that numbers are placed in.
+has no bit in the byte of its mantissa that numbers are placed in. Others are placed in the mantissa of 2^15,
+which is subtracted from each: exact, with one instruction more.
 
 A type has one function, `Name(packed, block, part, UP)`: packed are pointers (threads,) to the first byte of
 a row, block (threads,) the number of a block in it, part (threads,) which 32 elements of the block. It
@@ -100,11 +101,12 @@ def _from_chunks(part):
 @triton.jit
 def _two_groups(start, part):
     """Scales and minima of the two groups of a part: Q4_K's and Q5_K's."""
-    both = tl.load(start.to(tl.pointer_type(tl.uint32)))
+    # One load of 16 bytes: those of two would be looked up in the cache as often as the weights' own.
+    header = start.to(tl.pointer_type(tl.uint32))
+    both, first, second, rest = _four(tl.load(header[:, None] + tl.arange(0, 4)[None, :]))
     d, least = _as_half(both), _as_half(both >> 16)
-    halves = (start + 4 + part // 2 % 2 * 2).to(tl.pointer_type(tl.uint16))
-    first, second = tl.load(halves).to(tl.uint32), tl.load(halves + 2).to(tl.uint32)
-    rest = tl.load(halves + 4).to(tl.uint32)
+    shift = (part // 2 % 2 * 16).to(tl.uint32)
+    first, second, rest = first >> shift, second >> shift, rest >> shift
     late = part >= 4
     scales = tl.where(late, (rest & 0x0F0F) | ((first >> 2) & 0x3030), first & 0x3F3F)
     minima = tl.where(late, ((rest >> 4) & 0x0F0F) | ((second >> 2) & 0x3030), second & 0x3F3F)
@@ -262,13 +264,12 @@ def Q8_0(packed, block, part, UP: tl.constexpr):
     e, f, g, h = tl.load(words + 4), tl.load(words + 5), tl.load(words + 6), tl.load(words + 7)
     s = _scale(odd, a)
     i = tl.load(words + 8)
-    o = s * 128
     signs: tl.constexpr = 0x80808080  # Without them the bytes count from -128.
     return (
         _moved(odd, a, b) ^ signs, _moved(odd, b, c) ^ signs, _moved(odd, c, d) ^ signs,
         _moved(odd, d, e) ^ signs, _moved(odd, e, f) ^ signs, _moved(odd, f, g) ^ signs,
         _moved(odd, g, h) ^ signs, _moved(odd, h, i) ^ signs,
-    ), (s,), (o,)  # fmt: skip
+    ), (s,), (s,)  # fmt: skip
 
 
 @triton.jit
@@ -337,7 +338,8 @@ class Lanes:
 
     words: the type's function. start: the jitted function that tells where a part's first run begins in the
     block. bits: of a number. groups: how many scales a part's four runs have, 1, 2 or 4. runs: where the
-    other runs begin, counted from the first. alignment: of every row's address, in bytes.
+    other runs begin, counted from the first. alignment: of every row's address, in bytes. less: what the
+    numbers of eight bits are more than those that are meant; such a type has no offsets.
     """
 
     words: Any
@@ -346,6 +348,7 @@ class Lanes:
     groups: int
     runs: tuple[int, int, int]
     alignment: int = 4
+    less: int = 0
 
 
 LANES = {
@@ -354,7 +357,7 @@ LANES = {
     "Q6_K": Lanes(Q6_K, _from_halves, 6, 4, (32, 64, 96), alignment=2),
     "Q2_K": Lanes(Q2_K, _from_halves, 2, 4, (32, 64, 96)),
     "Q3_K": Lanes(Q3_K, _from_halves, 3, 4, (32, 64, 96), alignment=2),
-    "Q8_0": Lanes(Q8_0, _from_block, 8, 1, (8, 16, 24)),
+    "Q8_0": Lanes(Q8_0, _from_block, 8, 1, (8, 16, 24), less=128),
     "Q4_0": Lanes(Q4_0, _from_block, 4, 1, (8, 16, 24)),
     "Q4_1": Lanes(Q4_1, _from_block, 4, 1, (8, 16, 24)),
     "Q5_0": Lanes(Q5_0, _from_block, 5, 1, (8, 16, 24)),
@@ -386,13 +389,41 @@ def _placed(word, POSITION: tl.constexpr, EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def _bytes_times(sums, word, a, b, c, d, PLACED: tl.constexpr):
-    """sums + the four numbers of word times a to d; with PLACED, 2^PLACED + each."""
+def _bytes_times(sums, word, a, b, c, d, PLACED: tl.constexpr, LESS: tl.constexpr):
+    """sums + the four numbers of word, each less LESS, times a to d; with PLACED, 2^PLACED + each."""
     if PLACED == 0:
-        sums += _byte(word, 0) * a
-        sums += _byte(word, 1) * b
-        sums += _byte(word, 2) * c
-        sums += _byte(word, 3) * d
+        if _EMULATED:
+            sums += (_byte(word, 0) - LESS) * a
+            sums += (_byte(word, 1) - LESS) * b
+            sums += (_byte(word, 2) - LESS) * c
+            sums += (_byte(word, 3) - LESS) * d
+        else:
+            # 2^15 + the number, in the mantissa of 2^15, is exact, and so is what is left without the 2^15.
+            sums = tl.inline_asm_elementwise(
+                """{
+                .reg .f32 number, sum;
+                prmt.b32 number, $2, $7, 0x7404;
+                sub.rn.f32 number, number, $8;
+                fma.rn.f32 sum, number, $3, $1;
+                prmt.b32 number, $2, $7, 0x7414;
+                sub.rn.f32 number, number, $8;
+                fma.rn.f32 sum, number, $4, sum;
+                prmt.b32 number, $2, $7, 0x7424;
+                sub.rn.f32 number, number, $8;
+                fma.rn.f32 sum, number, $5, sum;
+                prmt.b32 number, $2, $7, 0x7434;
+                sub.rn.f32 number, number, $8;
+                fma.rn.f32 $0, number, $6, sum;
+                }""",
+                "=f,f,r,f,f,f,f,r,f",
+                [
+                    sums, word, a, b, c, d,
+                    tl.full(word.shape, 0x47000000, tl.uint32), tl.full(word.shape, 32768 + LESS, tl.float32),
+                ],  # fmt: skip
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )
     else:
         EXPONENT: tl.constexpr = (127 + PLACED) // 2  # The highest byte of 2^PLACED.
         if _EMULATED:
@@ -423,8 +454,8 @@ def _bytes_times(sums, word, a, b, c, d, PLACED: tl.constexpr):
 
 
 @triton.jit
-def _run(sums, first, second, given, PLACED: tl.constexpr):
-    """sums + the eight bytes of two words times a run of inputs."""
+def _run(sums, first, second, given, PLACED: tl.constexpr, LESS: tl.constexpr):
+    """sums + the eight numbers of two words times a run of inputs."""
     even, odd = tl.split(given)
     left, right = tl.split(even)
     a, e = tl.split(left)
@@ -432,8 +463,8 @@ def _run(sums, first, second, given, PLACED: tl.constexpr):
     left, right = tl.split(odd)
     b, f = tl.split(left)
     d, h = tl.split(right)
-    sums = _bytes_times(sums, first, a, b, c, d, PLACED)
-    return _bytes_times(sums, second, e, f, g, h, PLACED)
+    sums = _bytes_times(sums, first, a, b, c, d, PLACED, LESS)
+    return _bytes_times(sums, second, e, f, g, h, PLACED, LESS)
 
 
 @triton.jit
@@ -452,26 +483,30 @@ def _zeros(totals, PLACED: tl.constexpr):
 
 
 @triton.jit
-def _row(words, scales, offsets, runs, totals, GROUPS: tl.constexpr, PLACED: tl.constexpr):
+def _row(
+    words, scales, offsets, runs, totals, GROUPS: tl.constexpr, PLACED: tl.constexpr, LESS: tl.constexpr
+):
     """The 32 values of every thread times four runs of inputs, with their totals."""
     zeros = _zeros(totals, PLACED)
     if GROUPS == 4:
-        sums = _run(zeros[0], words[0], words[1], runs[0], PLACED) * scales[0] - totals[0] * offsets[0]
-        sums += _run(zeros[1], words[2], words[3], runs[1], PLACED) * scales[1] - totals[1] * offsets[1]
-        sums += _run(zeros[2], words[4], words[5], runs[2], PLACED) * scales[2] - totals[2] * offsets[2]
-        sums += _run(zeros[3], words[6], words[7], runs[3], PLACED) * scales[3] - totals[3] * offsets[3]
+        sums = _run(zeros[0], words[0], words[1], runs[0], PLACED, LESS) * scales[0] - totals[0] * offsets[0]
+        sums += _run(zeros[1], words[2], words[3], runs[1], PLACED, LESS) * scales[1] - totals[1] * offsets[1]
+        sums += _run(zeros[2], words[4], words[5], runs[2], PLACED, LESS) * scales[2] - totals[2] * offsets[2]
+        sums += _run(zeros[3], words[6], words[7], runs[3], PLACED, LESS) * scales[3] - totals[3] * offsets[3]
     else:
-        first = _run(zeros[0], words[0], words[1], runs[0], PLACED)
-        first = _run(first, words[2], words[3], runs[1], PLACED)
+        first = _run(zeros[0], words[0], words[1], runs[0], PLACED, LESS)
+        first = _run(first, words[2], words[3], runs[1], PLACED, LESS)
         if GROUPS == 2:
-            second = _run(zeros[1], words[4], words[5], runs[2], PLACED)
-            second = _run(second, words[6], words[7], runs[3], PLACED)
+            second = _run(zeros[1], words[4], words[5], runs[2], PLACED, LESS)
+            second = _run(second, words[6], words[7], runs[3], PLACED, LESS)
             sums = first * scales[0] - totals[0] * offsets[0]
             sums += second * scales[1] - totals[1] * offsets[1]
         else:
-            first = _run(first, words[4], words[5], runs[2], PLACED)
-            first = _run(first, words[6], words[7], runs[3], PLACED)
-            sums = first * scales[0] - totals[0] * offsets[0]
+            first = _run(first, words[4], words[5], runs[2], PLACED, LESS)
+            first = _run(first, words[6], words[7], runs[3], PLACED, LESS)
+            sums = first * scales[0]
+            if LESS == 0:
+                sums -= totals[0] * offsets[0]
     return sums
 
 
@@ -534,6 +569,7 @@ def _multiply(
     ROWS: tl.constexpr,
     WARPS: tl.constexpr,
     PLACED: tl.constexpr,
+    LESS: tl.constexpr,
 ):
     PARTS: tl.constexpr = BLOCK_ELEMENTS // 32
     UP: tl.constexpr = 7 - PLACED if PLACED else 0
@@ -558,27 +594,27 @@ def _multiply(
         block = tl.minimum(block, row_blocks - 1)
         x, x_totals = _given(inputs, position, inside, GROUPS, SECOND, THIRD, FOURTH)
         words, scales, offsets = WORDS(first, block, part, UP)
-        a = _row(words, scales, offsets, x, x_totals, GROUPS, PLACED)
+        a = _row(words, scales, offsets, x, x_totals, GROUPS, PLACED, LESS)
         b, c, d = a, a, a
         if INPUTS == 2:
             y = inputs + row_blocks * BLOCK_ELEMENTS
             y, y_totals = _given(y, position, inside, GROUPS, SECOND, THIRD, FOURTH)
-            e = _row(words, scales, offsets, y, y_totals, GROUPS, PLACED)
+            e = _row(words, scales, offsets, y, y_totals, GROUPS, PLACED, LESS)
             f, g, h = e, e, e
         if ROWS >= 2:
             words, scales, offsets = WORDS(second, block, part, UP)
-            b = _row(words, scales, offsets, x, x_totals, GROUPS, PLACED)
+            b = _row(words, scales, offsets, x, x_totals, GROUPS, PLACED, LESS)
             if INPUTS == 2:
-                f = _row(words, scales, offsets, y, y_totals, GROUPS, PLACED)
+                f = _row(words, scales, offsets, y, y_totals, GROUPS, PLACED, LESS)
         if ROWS >= 4:
             words, scales, offsets = WORDS(third, block, part, UP)
-            c = _row(words, scales, offsets, x, x_totals, GROUPS, PLACED)
+            c = _row(words, scales, offsets, x, x_totals, GROUPS, PLACED, LESS)
             if INPUTS == 2:
-                g = _row(words, scales, offsets, y, y_totals, GROUPS, PLACED)
+                g = _row(words, scales, offsets, y, y_totals, GROUPS, PLACED, LESS)
             words, scales, offsets = WORDS(fourth, block, part, UP)
-            d = _row(words, scales, offsets, x, x_totals, GROUPS, PLACED)
+            d = _row(words, scales, offsets, x, x_totals, GROUPS, PLACED, LESS)
             if INPUTS == 2:
-                h = _row(words, scales, offsets, y, y_totals, GROUPS, PLACED)
+                h = _row(words, scales, offsets, y, y_totals, GROUPS, PLACED, LESS)
         sums += _beside(a, b, c, d, ROWS)
         if INPUTS == 2:
             others += _beside(e, f, g, h, ROWS)
@@ -645,5 +681,6 @@ def multiply(
             ROWS=at_once,
             WARPS=_WARPS,
             PLACED=lanes.bits | 1 if lanes.bits < 8 and inputs.dtype != torch.float32 else 0,
+            LESS=lanes.less,
             num_warps=_WARPS,
         )
