@@ -399,6 +399,8 @@ def _bytes_times(sums, word, a, b, c, d, PLACED: tl.constexpr, LESS: tl.constexp
             sums += (_byte(word, 3) - LESS) * d
         else:
             # 2^15 + the number, in the mantissa of 2^15, is exact, and so is what is left without the 2^15.
+            placed = tl.full(word.shape, 0x47000000, tl.uint32)
+            more = tl.full(word.shape, 32768 + LESS, tl.float32)
             sums = tl.inline_asm_elementwise(
                 """{
                 .reg .f32 number, sum;
@@ -416,10 +418,7 @@ def _bytes_times(sums, word, a, b, c, d, PLACED: tl.constexpr, LESS: tl.constexp
                 fma.rn.f32 $0, number, $6, sum;
                 }""",
                 "=f,f,r,f,f,f,f,r,f",
-                [
-                    sums, word, a, b, c, d,
-                    tl.full(word.shape, 0x47000000, tl.uint32), tl.full(word.shape, 32768 + LESS, tl.float32),
-                ],  # fmt: skip
+                [sums, word, a, b, c, d, placed, more],
                 dtype=tl.float32,
                 is_pure=True,
                 pack=1,
