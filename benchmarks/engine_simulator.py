@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from lib_qswap.swap.planner import LayerCost
 
-STAGING_BUFFER_BYTES = 8 << 20
+STAGING_BUFFER_BYTES = 16 << 20
 STAGING_BUFFERS = 4
 
 

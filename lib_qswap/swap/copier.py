@@ -24,7 +24,13 @@ from lib_qswap.swap.home import PinBudget
 from lib_qswap.swap.reader import Failed, Reader, Reading, numbers_of_threads
 from lib_qswap.swap.transfer import Events, Transfer
 
-STAGING_BUFFER_BYTES = 8 << 20
+STAGING_BUFFER_BYTES = 16 << 20
+"""For each piece the interpreter lock changes hands some four times, which costs the thread that computes 50 us
+each: half as large pieces cost it twice as much."""
+
+LEAST_STAGING_BUFFER_BYTES = 2 << 20
+"""Where the page-lock budget has no room for larger ones."""
+
 STAGING_BUFFERS = 4
 BEING_COPIED = 2
 """Buffers that the device reads while the others are filled."""
@@ -78,6 +84,7 @@ class Copier:
         self._spare_events: list[Events] = []
         self._staging: list[tuple[torch.Tensor, Any]] = []
         self._next_staging = 0
+        self._piece_bytes = STAGING_BUFFER_BYTES
         self._under_way: deque[Item] = deque()
         self._queue: queue.SimpleQueue[Transfer | threading.Event | None] | None = None
         self._thread: threading.Thread | None = None
@@ -118,8 +125,16 @@ class Copier:
             self._staging, self._staging_memory = [], None
             self.staging_locked_bytes = 0
 
+    def _staging_buffer_bytes(self) -> int:
+        """As large as the page-lock budget allows."""
+        nbytes, left = STAGING_BUFFER_BYTES, self._pin_budget.left_bytes // staging_buffers()
+        while nbytes > left and nbytes // 2 >= LEAST_STAGING_BUFFER_BYTES:
+            nbytes //= 2
+        return nbytes if nbytes <= left else STAGING_BUFFER_BYTES
+
     def _allocate_staging(self) -> None:
-        nbytes = staging_buffers() * STAGING_BUFFER_BYTES
+        self._piece_bytes = self._staging_buffer_bytes()
+        nbytes = staging_buffers() * self._piece_bytes
         with torch.inference_mode(False):
             memory = None
             if self._device.can_page_lock:
@@ -139,7 +154,7 @@ class Copier:
             self.staging_locked_bytes = nbytes if memory.is_pinned() else 0
             self._staging_memory = memory
             self._staging, self._next_staging = [], 0
-            for piece in memory.split(STAGING_BUFFER_BYTES):
+            for piece in memory.split(self._piece_bytes):
                 free = self._device.new_event()
                 free.record(self.stream)
                 self._staging.append((piece, free))
@@ -259,14 +274,17 @@ class Copier:
             return
         start, end = 0, item.target.numel()
         try:
-            while start < end:
-                target = item.target[start : start + STAGING_BUFFER_BYTES]
+            for target in item.target.split(self._piece_bytes):
                 buffer, free = self._staging[self._next_staging]
                 self._next_staging = (self._next_staging + 1) % len(self._staging)
-                free.synchronize()
-                reading = self.reader.begin(item.layer.home, buffer[: target.numel()], start)
-                yield Piece(item, target, reading, free, (start == 0, start + STAGING_BUFFER_BYTES >= end))
-                start += STAGING_BUFFER_BYTES
+                if not free.query():
+                    free.synchronize()
+                nbytes = target.numel()
+                if nbytes < self._piece_bytes:
+                    buffer = buffer[:nbytes]
+                reading = self.reader.begin(item.layer.home, buffer, start)
+                yield Piece(item, target, reading, free, (start == 0, start + nbytes == end))
+                start += nbytes
         except Exception as error:
             yield Piece(item, item.target, Failed(error), None, (start == 0, True))
 

@@ -103,21 +103,24 @@ class Home:
         Raises:
             OSError, GGUFError: the file can no longer be read.
         """
-        end_byte = start_byte + destination.numel()
+        nbytes = destination.numel()
+        end_byte = start_byte + nbytes
         if self.payload is not None:
-            _copy(self.payload[start_byte:end_byte], destination)
+            _copy(self.payload, start_byte, destination)
             return
         for part in self._parts:
             first = max(part.offset_bytes, start_byte)
             last = min(part.offset_bytes + part.nbytes, end_byte)
             if first >= last:
                 continue
-            target = destination[first - start_byte : last - start_byte]
+            target = destination
+            if last - first < nbytes:
+                target = destination[first - start_byte : last - start_byte]
             if part.source is not None:
                 part.source.read_into(target, first - part.offset_bytes)
             else:
                 assert part.data is not None
-                _copy(part.data[first - part.offset_bytes : last - part.offset_bytes], target)
+                _copy(part.data, first - part.offset_bytes, target)
 
     def follows(self, other: Home) -> bool:
         """Whether the device can read its payload in one piece with that of `other`, right before it."""
@@ -140,9 +143,10 @@ class Home:
         return part.wrap(part.data, part.source)
 
 
-def _copy(source: torch.Tensor, destination: torch.Tensor) -> None:
-    """One plain memcpy: on one thread, so that it leaves the other cores to compute."""
-    ctypes.memmove(destination.data_ptr(), source.data_ptr(), destination.numel())
+def _copy(source: torch.Tensor, start_byte: int, destination: torch.Tensor) -> None:
+    """One plain memcpy: on one thread, so that it leaves the other cores to compute. Of addresses: slicing a
+    tensor gives up the interpreter lock, too, and to get it back from the thread that computes takes long."""
+    ctypes.memmove(destination.data_ptr(), source.data_ptr() + start_byte, destination.numel())
 
 
 class Placement(NamedTuple):
