@@ -3,6 +3,7 @@ the same bits."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import math
@@ -28,7 +29,7 @@ from lib_qswap.quant import kernels
 from lib_qswap.standalone.budget import Budget
 from lib_qswap.standalone.demo_file import demo_file, make_demo_file
 from lib_qswap.standalone.host import CONDITIONING, Settings, StandaloneHost
-from lib_qswap.swap import ledger
+from lib_qswap.swap import ledger, look_ahead
 from lib_qswap.swap.conditioning import FLUX, SD3
 from lib_qswap.swap.kept_outputs import KEPT_FOR_STEPS, MOST_IN_A_ROW, SHARE_OF_WEIGHTS, KeptOutputs
 
@@ -478,6 +479,7 @@ def test_the_key_is_of_values_dtypes_and_shapes():
     assert key(0.0, pooled) != key(-0.0, pooled) != key(0, pooled)
     assert key(time, pooled.view(WIDTH).expand(1, WIDTH)) == key(time, pooled)
     assert key(time.expand(2), pooled) == key(time.repeat(2), pooled) != key(time, pooled)
+    assert key(torch.tensor(0.5).expand(1), pooled) == key(time, pooled)
     assert key(time, pooled.to("meta")) is None
     assert key(time, pooled, other=1) is None
     assert key(time, "a text") is None
@@ -575,6 +577,16 @@ def test_the_demo_makes_the_same_latent_from_kept_outputs(flux):
     modulation = sum(size for name, size in sizes.items() if CONDITIONING._pattern.search(name))
     assert spared(host) == modulation > 0.25 * sum(sizes.values())
     assert less.h2d_bytes_per_step == pytest.approx(whole.h2d_bytes_per_step - modulation, rel=0.01)
+
+
+def test_the_demo_computes_its_first_image_ahead(flux, monkeypatch):
+    monkeypatch.setattr(look_ahead.LookAhead, "_pays", lambda _self, _steps: True)
+    settings = dataclasses.replace(SWAPPING, steps=6)
+    host = flux("cpu", settings)
+    first, _ = host.generate()
+    assert spared(host) > 0
+    plain, _ = flux("cpu", dataclasses.replace(settings, keeps_outputs=False)).generate()
+    assert first.sha256 == plain.sha256
 
 
 def test_the_demo_keeps_nothing_where_nobody_wants_it(flux):

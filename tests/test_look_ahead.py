@@ -24,8 +24,8 @@ def of_network(least=least, layers=r"(^|\.)(time_in|modulation\.1)$") -> Conditi
 class Images(Setup):
     """Counts its steps as a host does that says how many there are."""
 
-    def image(self, times=TIMES, **more):
-        self.attachment.run.begin(len(times))
+    def image(self, times=TIMES, *, told=None, **more):
+        self.attachment.run.begin(len(times), None if told is None else torch.tensor(told))
         found = super().image(times, **more)
         self.attachment.run.end()
         return found
@@ -288,6 +288,45 @@ def test_pictures_of_two_sizes_have_their_own_times(setup, plain):
             used = model.used_in_steps(lambda: images.extend(model.image(times, **prompt)))  # noqa: B023
             assert equal(images, plain.image(times, **prompt))
             assert number < 2 or used == [INDEPENDENT] * 4
+
+
+LONG = tuple(1 - step / 8 for step in range(8))
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_a_first_image_is_computed_ahead_where_its_times_are_told(setup, plain, pictures):
+    model = setup()
+    prompt = {"pooled": model.prompt(1)["pooled"].repeat(pictures, 1)}
+    for one in (model, plain):
+        one.x = one.x.repeat(pictures, 1, 1)
+    images = []
+    used = model.used_in_steps(lambda: images.extend(model.image(LONG, told=LONG, **prompt)))
+    # Steps have to be measured first, and one to be kept that the others are checked by.
+    assert used[:2] == [DEPENDENT | INDEPENDENT] * 2
+    assert used[3:] == [INDEPENDENT] * 5
+    assert equal(images, plain.image(LONG, **prompt))
+
+
+def test_what_is_told_wrongly_is_of_no_consequence(setup, plain):
+    model = setup()
+    for number, told in enumerate(((0.9, 0.8, 0.7), (*LONG[:3], 0.51, 0.41), (), LONG[::-1])):
+        prompt = model.prompt(number)
+        assert equal(model.image(LONG, told=told, **prompt), plain.image(LONG, **prompt))
+
+
+def test_what_was_told_for_one_run_is_forgotten_with_it(setup):
+    run = setup().attachment.run
+    for end in (run.end, lambda: run.begin(4), lambda: run.progress(1, 4)):
+        run.begin(4, torch.tensor(TIMES))
+        assert run.times is not None
+        end()
+        assert run.times is None
+    run.progress(1, 4)
+    run.times = torch.tensor(TIMES)
+    run.progress(2, 4)
+    assert run.times is not None
+    run.progress(1, 4)
+    assert run.times is None
 
 
 @pytest.mark.parametrize("what", ["no length", "one step", "another length", "does not pay", "no least"])

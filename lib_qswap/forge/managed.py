@@ -7,7 +7,7 @@ LoRA.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -76,11 +76,17 @@ def attach_engine(engine: Any) -> None:
                 notices.notice(text, once=True)
 
 
-def note_progress(engine: Any, step: int, of: int) -> None:
-    """Sampling step number `step` (from 1) of `of` begins: nothing is fetched for a step after the last."""
+def note_progress(engine: Any, step: int, of: int, times: Callable[[], torch.Tensor | None]) -> None:
+    """Sampling step number `step` (from 1) of `of` begins: nothing is fetched for a step after the last.
+
+    times: gives `Run.times`; asked in the first step, where something depends on them.
+    """
     attachment = _attachments.get(engine.forge_objects.unet.model)
     if attachment is not None:
-        attachment.run.progress(step, of)
+        run = attachment.run
+        run.progress(step, of)
+        if step == 1 and run.times is None and attachment.idle.conditioning is not None:
+            run.times = times()
 
 
 def _patchers(engine: Any) -> Iterable[Any]:

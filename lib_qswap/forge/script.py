@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
+import torch
 from modules import script_callbacks, scripts, shared
 
 from . import controls, extension, grid, notices, settings
@@ -87,7 +88,18 @@ def _note_progress(params: Any) -> None:
     if extension.applied():
         from . import managed
 
-        managed.note_progress(shared.sd_model, params.sampling_step + 1, params.total_sampling_steps)
+        engine, step, of = shared.sd_model, params.sampling_step + 1, params.total_sampling_steps
+        managed.note_progress(engine, step, of, lambda: _times_of_run(params, engine))
+
+
+def _times_of_run(params: Any, engine: Any) -> torch.Tensor | None:
+    from .schedule import times_of_run
+
+    try:
+        return times_of_run(params, engine)
+    except Exception as error:  # Of a sampler that is otherwise than Forge's: nothing is lost but time.
+        notices.notice(f"the sampler's schedule is not known: {type(error).__name__}: {error}", "debug")
+        return None
 
 
 def _has_quantized_weights(engine: Any) -> bool:

@@ -53,6 +53,12 @@ def schedule(steps: int, tokens: int, *, shifted: bool) -> list[float]:
     return [shift * t / (1 + (shift - 1) * t) for t in times]
 
 
+def times_of_image(model: FluxTransformer, steps: int, pixels: int) -> list[float]:
+    """`schedule` for a square image."""
+    side = pixels // PIXELS_PER_TOKEN
+    return schedule(steps, side * side, shifted=model.shape.guidance)
+
+
 @torch.inference_mode()
 def denoise(
     model: FluxTransformer,
@@ -99,7 +105,7 @@ def denoise(
     guidance = torch.full((1,), GUIDANCE, device=device)
     rotation = rotary_rotation(shape.head_dim, TEXT_TOKENS, side, side).to(device)
 
-    times = schedule(steps, side * side, shifted=shape.guidance)
+    times = times_of_image(model, steps, pixels)
     step_seconds = []
     for step in range(steps):
         start = time.perf_counter()

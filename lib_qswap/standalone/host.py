@@ -14,7 +14,7 @@ import torch
 from lib_qswap.quant.gguf_file import GGUFFile, open_gguf
 from lib_qswap.quant.unpack import Arithmetic
 from lib_qswap.standalone.budget import Budget
-from lib_qswap.standalone.denoise import Denoised, check_size, denoise
+from lib_qswap.standalone.denoise import Denoised, check_size, denoise, times_of_image
 from lib_qswap.standalone.flux import FluxTransformer, build
 from lib_qswap.standalone.measure import DownloadCounter, peak_rss_bytes
 from lib_qswap.swap import ledger
@@ -184,7 +184,8 @@ class StandaloneHost:
                 peaks.append(_weight_bytes())
                 on_step(done)
 
-            attachment.run.begin(settings.steps)
+            told = times_of_image(self._model, settings.steps, settings.pixels)
+            attachment.run.begin(settings.steps, torch.tensor(told[:-1], dtype=torch.float32))
             try:
                 denoised = denoise(
                     self._model,

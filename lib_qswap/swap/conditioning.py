@@ -211,7 +211,7 @@ def _described(values: Sequence[Any]) -> tuple[Value, ...]:
     flat: list[torch.Tensor] = []
     for value in values:
         if isinstance(value, torch.Tensor):
-            flat.append(value.detach().contiguous().reshape(-1).view(torch.uint8))
+            flat.append(_bytes_of(value))
         elif value is not None and not isinstance(value, (int, float)):
             raise TypeError(f"{type(value).__name__} is no number and no tensor")
     if len({one.device for one in flat}) > 1:
@@ -227,6 +227,18 @@ def _described(values: Sequence[Any]) -> tuple[Value, ...]:
         else:
             described.append(repr(value))
     return tuple(described)
+
+
+def value_of(tensor: torch.Tensor) -> Value:
+    """A tensor on the CPU as an argument of a key."""
+    return tensor.dtype, tensor.shape, _bytes_of(tensor).numpy().tobytes()
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """uint8, flat; a view where it can be one."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    # A single number counts as contiguous whatever its stride is: 0 where it was expanded.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
 
 
 def _tensor(value: Value) -> torch.Tensor:

@@ -25,8 +25,8 @@ from lib_qswap.swap.reader import Failed, Reader, Reading, numbers_of_threads
 from lib_qswap.swap.transfer import Events, Transfer
 
 STAGING_BUFFER_BYTES = 16 << 20
-"""For each piece the interpreter lock changes hands some four times, which costs the thread that computes 50 us
-each: half as large pieces cost it twice as much."""
+"""For each piece the interpreter lock changes hands some four times, which costs the thread that computes
+50 us each: half as large pieces cost it twice as much."""
 
 LEAST_STAGING_BUFFER_BYTES = 2 << 20
 """Where the page-lock budget has no room for larger ones."""

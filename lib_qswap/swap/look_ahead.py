@@ -1,8 +1,9 @@
 """The outputs of all steps of an image at once, for layers that depend on the conditioning alone.
 
-With a new prompt nothing is kept for its steps. Their time steps are those of the image before, though, as
-long as the number of steps is the same: so what these layers compute for all steps to come is computed before
-the first one, and their weights travel once an image instead of once a step.
+With a new prompt nothing is kept for its steps. Their time steps are known, though: the host has told them,
+or they are those of the image before, as long as the number of steps is the same. So what these layers
+compute for all steps to come is computed before the first one, and their weights travel once an image instead
+of once a step.
 
 It is the network's own forward that computes it, in a *rehearsal*: with a batch for each step, the least
 picture and text that it takes, and zeros for what all other layers compute. Each step's outputs come from a
@@ -21,7 +22,7 @@ import torch
 
 from lib_qswap.swap import ledger, profile
 from lib_qswap.swap.attachment_part import AttachmentPart
-from lib_qswap.swap.conditioning import Asked, Conditioning, Key, Value
+from lib_qswap.swap.conditioning import Asked, Conditioning, Key, Value, value_of
 
 if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer
@@ -65,6 +66,7 @@ class LookAhead(AttachmentPart):
         self._last: tuple[int, _Place] | None = None
         self._works = conditioning is not None and conditioning.least is not None
         self._checked: set[Hashable] = set()
+        self._told: tuple[Hashable, list[Value]] = (None, [])
         self._not_in_run: int | None = None
 
     def note(self, asked: Asked) -> None:
@@ -86,6 +88,9 @@ class LookAhead(AttachmentPart):
 
     def _coming(self, asked: Asked) -> list[Key]:
         """The steps of this run from this one on, as far as they are known."""
+        told = self._told_times(asked.key.time)
+        if asked.key.time in told:
+            return [asked.key.at(time) for time in told[told.index(asked.key.time) :][:MOST_AHEAD]]
         found = [self._place(asked)]
         while len(found) < MOST_AHEAD:
             link = self._links.get(found[-1])
@@ -93,6 +98,17 @@ class LookAhead(AttachmentPart):
                 break
             found.append(link.next)
         return [asked.key.at(place.time) for place in found]
+
+    def _told_times(self, like: Value) -> list[Value]:
+        """Those that the host has told for this run, each for as many pictures as `like` is for."""
+        run = self._model.run
+        if run.times is None or isinstance(like, str):
+            return []
+        dtype, shape, _ = like
+        if self._told[0] != (run.number, dtype, shape):
+            times = [value_of(time.expand(shape)) for time in run.times.to(dtype)]
+            self._told = (run.number, dtype, shape), times
+        return self._told[1]
 
     def prepare(self, asked: Asked, work: Work) -> None:
         """Before a step that was not seen before: keeps its outputs, and those of the steps that follow it,
