@@ -630,3 +630,7 @@ def test_a_step_that_waits_for_the_link_is_shorter_for_another_image(tmp_path):
     travels_once = (1 - share) / one_token_layers.STEPS
     assert row["new_prompt_s"] == pytest.approx((share + travels_once) * row["first_image_s"], rel=0.05)
     assert row["new_alone_prompt_s"] == pytest.approx(row["first_image_s"], rel=0.05)
+    # So they do for a first image, but in its first steps, which are measured.
+    alone = 3 / one_token_layers.STEPS
+    told = alone + (1 - alone) * share + travels_once
+    assert row["told_image_s"] == pytest.approx(told * row["first_image_s"], rel=0.07)
