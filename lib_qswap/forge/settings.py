@@ -107,8 +107,9 @@ OPTIONS: Mapping[str, Option] = {
     "qswap_keep_outputs": Option(
         True,
         "Keep what depends on the prompt and the time step alone",
-        "outputs of modulation layers (Flux, SD 3) stay in RAM: another image of the same prompt and schedule "
-        "does not fetch the weights of these layers, and one of a new prompt once; the pixels are the same",
+        "outputs of modulation layers (Flux, SD 3) stay in RAM: another image of the same prompt and "
+        "schedule does not fetch the weights of these layers, and one of a new prompt once; the pixels are "
+        "the same",
     ),
     "qswap_panel_hz": Option(
         2.0, "Updates of the panel per second", "while the panel is open", minimum=0.1, maximum=10
