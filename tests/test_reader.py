@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 
@@ -118,9 +119,24 @@ def test_what_was_given_up_is_tried_again_after_a_while(make, clock, monkeypatch
     assert one.threads == 2
 
 
+def test_each_time_twice_as_much_is_read_before_it_is_tried_again(make, clock, monkeypatch):
+    monkeypatch.setattr(reader, "AGAIN_BYTES", 50 * PIECE_BYTES)
+    monkeypatch.setattr(reader, "MOST_AGAIN_BYTES", 200 * PIECE_BYTES)
+    one, source = make(), Source()
+    trials, before = [], set()
+    for piece in range(1000):
+        source.threads.clear()
+        read(one, source, 1, clock, parallel=1)
+        if (one.threads > 1) > (before == {2}):
+            trials.append(piece)
+        before = {one.threads}
+    waited = [then - now for now, then in itertools.pairwise(trials)]
+    assert [round(pieces / 50) for pieces in waited] == [1, 2, 4, 4, 4]
+
+
 def test_no_other_thread_is_tried_where_something_else_takes_long(make, clock):
     one, source = make(), Source()
-    read(one, source, 40, clock, idle_s=1e-3)
+    read(one, source, 40, clock, idle_s=2e-3)
     assert len(source.threads) == 1
 
 

@@ -16,16 +16,17 @@ from typing import Protocol
 
 import torch
 
-TRIAL_BYTES = 256 << 20
+TRIAL_BYTES = 512 << 20
 """Read each way before they are compared."""
 
-AGAIN_BYTES = 32 << 30
-"""Read before more threads are tried once more: a file may have been on its way into the cache."""
+AGAIN_BYTES, MOST_AGAIN_BYTES = 4 << 30, 32 << 30
+"""Read before more threads are tried once more, and twice as much after each time up to the second: a file may
+have been on its way into the cache, or the machine busy with something else."""
 
 WORTH = 1.25
 """How many times faster twice as many threads have to be to be kept."""
 
-BUSY = 0.8
+BUSY = 0.5
 """More threads are tried only where reading takes this share of the time: else it is the link, or the
 computation, that takes long."""
 
@@ -56,7 +57,7 @@ class Reader:
         self._begun_by_others = 0
         self._most = 1 if threads else max(numbers_of_threads())
         self._measuring = self._most > 1
-        self._since_trial = 0
+        self._since_trial, self._again_bytes = 0, AGAIN_BYTES
         self._rate_of_fewer: float | None = None
         self._restart()
 
@@ -88,8 +89,9 @@ class Reader:
                 self._judge()
         elif self._most > 1:
             self._since_trial += nbytes
-            if self._since_trial >= AGAIN_BYTES:
+            if self._since_trial >= self._again_bytes:
                 self._measuring, self._since_trial = True, 0
+                self._again_bytes = min(2 * self._again_bytes, MOST_AGAIN_BYTES)
                 self._restart()
         return error
 
@@ -118,6 +120,7 @@ class Reader:
         """Ends the other threads, if any."""
         self._use(1)
         self._measuring, self._since_trial, self._rate_of_fewer = self._most > 1, 0, None
+        self._again_bytes = AGAIN_BYTES
         self._restart()
 
 
