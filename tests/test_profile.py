@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from lib_qswap.swap.layer import LayerTimes, Measured
 from lib_qswap.swap.manager import attached
 from lib_qswap.swap.planner import Plan
 from lib_qswap.swap.profile import ASSUMED_UNPACKING, KEPT_WORKS, Profile, costs, gain, work_of
+from lib_qswap.swap.timeline import KEPT_STEPS
 
 GPU = "simgpu:0"
 COUNT = 16
@@ -94,6 +96,43 @@ def test_a_measured_step_that_was_disturbed_does_not_make_the_plan(sim, halves, 
         steps(model, 1, 1)
     times = [layer.times.measured.compute_s for layer in attachment.layers]
     assert times == pytest.approx([LONG_S] * (COUNT // 2) + [SHORT_S] * (COUNT // 2), rel=0.01)
+
+
+@pytest.mark.simgpu
+def test_the_plan_follows_a_link_that_has_become_faster(sim, halves):
+    """At first it is the limit, whatever is resident."""
+    model, attachment = halves
+    sim.set_bandwidth(h2d=LAYER_BYTES / LONG_S / 8)
+    steps(model, 1, 6)
+    sim.set_bandwidth(h2d=LAYER_BYTES / LONG_S)
+    steps(model, 1, 3)
+    before_s, before = last_step_s(attachment), resident(attachment)
+    steps(model, 1, 3 * KEPT_STEPS)
+    assert resident(attachment) != before
+    assert sum(i >= COUNT // 2 for i in resident(attachment)) > COUNT // 4
+    assert last_step_s(attachment) < 0.9 * before_s
+
+
+@pytest.mark.simgpu
+def test_a_link_that_changes_all_the_time_is_followed_ever_less(sim, halves, monkeypatch):
+    model, attachment = halves
+    made, make = [], attachment.make_plan
+    monkeypatch.setattr(attachment, "make_plan", lambda *args: (made.append(step), make(*args))[1])
+    for step in range(24 * KEPT_STEPS):
+        slow = step // (3 * KEPT_STEPS) % 2
+        sim.set_bandwidth(h2d=LAYER_BYTES / LONG_S / (3 if slow else 1))
+        steps(model, 1, 1)
+    waited = [then - now for now, then in itertools.pairwise(sorted(set(made)))]
+    assert 2 <= len(waited) <= 4
+    assert all(now < then for now, then in itertools.pairwise(waited))
+
+
+@pytest.mark.simgpu
+def test_a_link_that_stays_as_it_is_makes_no_other_plan(halves, monkeypatch):
+    model, attachment = halves
+    steps(model, 1, 6)
+    monkeypatch.setattr(attachment, "make_plan", lambda *args: 1 / 0)
+    steps(model, 1, 3 * KEPT_STEPS)
 
 
 @pytest.mark.simgpu

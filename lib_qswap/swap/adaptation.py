@@ -10,6 +10,7 @@ import torch
 from lib_qswap.swap import ledger, profile
 from lib_qswap.swap.attachment_part import AttachmentPart
 from lib_qswap.swap.profile import Need, Profile, Work
+from lib_qswap.swap.timeline import KEPT_STEPS
 
 if TYPE_CHECKING:
     from lib_qswap.swap.manager import Attachment
@@ -23,6 +24,10 @@ from then on in every one until there was one without: after a change it may hav
 CROWDED_BYTES = 128 << 20
 CROWDED_SHARE = 16
 """What they give back then, at least, and the budget over this."""
+
+CHANGED_LINK = 0.1
+"""The share by which copies take more or less time than the plan was made for, for another one to be looked
+for. That of a card that saves power at first changes, and one that is shared; and so does reading a file."""
 
 NEED_MARGIN = 10
 NEED_MARGIN_BYTES = (512 if sys.platform == "win32" else 64) << 20
@@ -41,6 +46,8 @@ class Adaptation(AttachmentPart):
         super().__init__(model)
         self.profile = Profile(model.device)
         self._postponed = False
+        self._planned_link: float | None = None
+        self._steps_with_link, self._times_changed, self._times_to_follow = 0, 0, 2
         self._retries: int | None = None
         self._crowded_steps = 0
 
@@ -55,7 +62,7 @@ class Adaptation(AttachmentPart):
         if measured:
             self._take_back()  # What this work needs is not known.
             self.profile.begin(work, model.layers)
-        elif model.device.has_clock and not self.profile.is_in_use(work):
+        elif model.device.has_clock and (not self.profile.is_in_use(work) or self._link_has_changed()):
             self._replan(work)
         if not self._yield_to_others(work):
             self._make_room()
@@ -163,6 +170,23 @@ class Adaptation(AttachmentPart):
         model.device.empty_cache()
         return True
 
+    def _link_has_changed(self) -> bool:
+        """Whether the last steps have shown another link than the plan was made for: twice, so that all of
+        them came behind the change, and twice as often each time, since what changes all the time is nothing
+        to follow."""
+        model, then = self._model, self._planned_link
+        self._steps_with_link += 1
+        if then is None or self._steps_with_link < KEPT_STEPS:
+            return False
+        self._steps_with_link = 0
+        model.state.streamer.timeline.collect()
+        changed = abs(model.link_bytes_per_s() - then) > CHANGED_LINK * then
+        self._times_changed = self._times_changed + 1 if changed else 0
+        if self._times_changed < self._times_to_follow:
+            return False
+        self._times_to_follow *= 2
+        return True
+
     def _replan(self, work: Work) -> None:
         """Another plan from what was measured for `work`, where it pays."""
         model = self._model
@@ -171,11 +195,13 @@ class Adaptation(AttachmentPart):
             return
         if not self.profile.use(work, model.layers):
             return  # The device has not come to their end yet: at the next step.
-        model.state.streamer.use_link(model.link_bytes_per_s())
+        self._planned_link = model.link_bytes_per_s()
+        self._steps_with_link = self._times_changed = 0
+        model.state.streamer.use_link(self._planned_link)
         grown_bytes = self._growth_for(work)
         budget_bytes = model.budget_bytes - model.grown_bytes + grown_bytes
         plan = model.make_plan(budget_bytes)
-        gain = profile.gain(plan, model.plan, model.running_layers, model.link_bytes_per_s())
+        gain = profile.gain(plan, model.plan, model.running_layers, self._planned_link)
         if gain is None:
             return
         if gain.pays_within(model.run.steps_left):
