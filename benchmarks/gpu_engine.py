@@ -1,8 +1,10 @@
 """What the swap engine costs on a device beside its steps: page-locking, leaving the device and coming back,
-and memory while the host runs ahead."""
+memory while the host runs ahead; and what it saves to keep what depends on prompt and time step alone."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +24,10 @@ STEPS, SMALL_STEPS = 4, 2
 PAGE_LOCK_BYTES, SMALL_PAGE_LOCK_BYTES = 1024 * MB, 8 * MB
 AHEAD_SHARE = 0.25
 """Of the model, as the budget of steps that the host does not wait for."""
+PROMPT_LINK_BYTES_PER_S = 12e9
+"""PCIe 3.0 x 16 in practice: of a link that is the limit."""
+PROMPT_SHARES = (0.25, 0.5)
+IMAGE_STEPS = 8
 
 Row = dict[str, Any]
 
@@ -137,6 +143,52 @@ class Engine:
         self.attachment.detach()
 
 
+def prompts(rig: ComputingRig) -> list[Row]:
+    """Steps over a throttled link, with some of the weights as budget: of a first image, each of which
+    computes its own (`own_s`, the later ones); of another image of its prompt, the later ones; and of an
+    image of a new prompt, all of them, with what is computed ahead for them."""
+    slower = contextlib.nullcontext() if rig.device.is_host else rig.throttled(PROMPT_LINK_BYTES_PER_S)
+    with slower:
+        return [_prompts(rig, share) for share in PROMPT_SHARES]
+
+
+@torch.no_grad()
+def _prompts(rig: ComputingRig, share: float) -> Row:
+    rig.clean_up()
+    model, device = rig.qswap_model(), rig.device
+    attachment = rig.attach(model, "shared", same_prompt=True)
+    attachment.rebalance(budget_bytes(attachment, share))
+    image, text, pooled, _, *others = rig.inputs(model)
+
+    def steps(prompt: int) -> tuple[list[float], Tensor]:
+        attachment.run.begin(IMAGE_STEPS)
+        marks = []
+        for step in range(IMAGE_STEPS + 1):
+            marks.append(device.new_event(timing=True))
+            marks[-1].record(device.current_stream())
+            if step < IMAGE_STEPS:
+                time = torch.full((1,), 1 - step / IMAGE_STEPS, device=device.device)
+                output = model(image, text, pooled + prompt, time, *others)
+        device.synchronize()
+        return [one.elapsed_time(then) * 1e-3 for one, then in itertools.pairwise(marks)], output
+
+    first, output = steps(0)
+    steps(0)  # The plan is made for the layers that are left.
+    again, same = steps(0)
+    steps(1)  # What computes ahead is compiled.
+    new, _ = steps(2)
+    attachment.detach()
+    late = IMAGE_STEPS // 2
+    return {
+        "budget_share": share,
+        "link_bytes_per_s": None if device.is_host else rig.link_bytes_per_s(),
+        "own_s": statistics.fmean(first[late:]),
+        "same_prompt_s": statistics.fmean(again[late:]),
+        "new_prompt_s": statistics.fmean(new),
+        "same_output": torch.equal(output, same),
+    }
+
+
 def engine(rig: ComputingRig, steps: int, save: Callable[[Row], None]) -> None:
     """Calls `save` with all that is known after every part."""
     held = Engine(rig, steps)
@@ -145,3 +197,6 @@ def engine(rig: ComputingRig, steps: int, save: Callable[[Row], None]) -> None:
     found["running_ahead"] = held.running_ahead()
     save(found)
     held.close()
+    del held
+    found["prompts"] = prompts(rig)
+    save(found)

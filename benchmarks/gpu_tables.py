@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from gpu_engine import IMAGE_STEPS
 from gpu_targets import of_copy, of_same_size_copy
 
 Row = Mapping[str, Any]
@@ -147,12 +148,23 @@ def _engine(suite: Row) -> list[str]:
             f"device peak {gigabytes(row['peak_device_bytes'])}, {row['peak_over_allowed']:.3f} x budget and "
             "activations."
         )
+    lines += [_prompt(row) for row in engine.get("prompts", ())]
     if "register_bytes_per_s" in lock:
         lines.append(
             f"Page-locking memory where it is: {lock['register_bytes_per_s'] / 1e9:.1f} GB/s; by torch's "
             f"allocator: {lock['allocator_bytes_per_s'] / 1e9:.1f} GB/s."
         )
     return lines
+
+
+def _prompt(row: Row) -> str:
+    link = row["link_bytes_per_s"]
+    throttled = "" if link is None else f"a link of {link / 1e9:.0f} GB/s and "
+    return (
+        f"With {throttled}{row['budget_share']:.0%} of the model as budget a step takes {row['own_s']:.3f} s "
+        f"where it computes its own modulation, {row['same_prompt_s']:.3f} s for another image of it, "
+        f"and {row['new_prompt_s']:.3f} s in the mean of {IMAGE_STEPS} steps of a new prompt."
+    )
 
 
 def _errors(suite: Row) -> list[str]:

@@ -241,8 +241,9 @@ def main() -> None:
         for row in result["measured"]:
             seconds = (
                 f"{row['first_image_s']:.3f} s a step (all {row['untold_image_s']:.3f} s, or "
-                f"{row['told_image_s']:.3f} s where its times are told), second {row['second_image_s']:.3f} s, "
-                f"new prompt {row['new_prompt_s']:.3f} s, not ahead {row['new_alone_prompt_s']:.3f} s"
+                f"{row['told_image_s']:.3f} s where its times are told), "
+                f"second {row['second_image_s']:.3f} s, new prompt {row['new_prompt_s']:.3f} s, "
+                f"not ahead {row['new_alone_prompt_s']:.3f} s"
             )
             wrong = "" if row["same"] else "; THEIR OUTPUTS DIFFER"
             print(f"{row['case']}, budget {row['budget_share']:.0%}: first image {seconds}{wrong}")

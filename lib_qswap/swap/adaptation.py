@@ -29,6 +29,9 @@ CHANGED_LINK = 0.1
 """The share by which copies take more or less time than the plan was made for, for another one to be looked
 for. That of a card that saves power at first changes, and one that is shared; and so does reading a file."""
 
+LOOK_AT_LINK_STEPS = KEPT_STEPS
+"""From one look at it to the next; what the link is then taken to be is the mean of as many steps."""
+
 NEED_MARGIN = 10
 NEED_MARGIN_BYTES = (512 if sys.platform == "win32" else 64) << 20
 """Left free beside what a step was seen to need: a tenth of it, and this. Windows moves memory of programs to
@@ -171,17 +174,19 @@ class Adaptation(AttachmentPart):
         return True
 
     def _link_has_changed(self) -> bool:
-        """Whether the last steps have shown another link than the plan was made for: twice, so that all of
-        them came behind the change, and twice as often each time, since what changes all the time is nothing
-        to follow."""
-        model, then = self._model, self._planned_link
+        """Whether copies are faster or slower than the plan was made for: in two steps some steps apart, and
+        in twice as many each time, since what changes all the time is nothing to follow."""
         self._steps_with_link += 1
-        if then is None or self._steps_with_link < KEPT_STEPS:
+        if self._planned_link is None or self._steps_with_link < LOOK_AT_LINK_STEPS:
             return False
         self._steps_with_link = 0
-        model.state.streamer.timeline.collect()
-        changed = abs(model.link_bytes_per_s() - then) > CHANGED_LINK * then
-        self._times_changed = self._times_changed + 1 if changed else 0
+        timeline = self._model.state.streamer.timeline
+        timeline.collect()
+        step = timeline.last()
+        if step is None or not step.copy_s:
+            return False
+        change = abs(step.h2d_bytes / step.copy_s - self._planned_link)
+        self._times_changed = self._times_changed + 1 if change > CHANGED_LINK * self._planned_link else 0
         if self._times_changed < self._times_to_follow:
             return False
         self._times_to_follow *= 2

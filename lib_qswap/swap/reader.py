@@ -20,8 +20,8 @@ TRIAL_BYTES = 512 << 20
 """Read each way before they are compared."""
 
 AGAIN_BYTES, MOST_AGAIN_BYTES = 4 << 30, 32 << 30
-"""Read before more threads are tried once more, and twice as much after each time up to the second: a file may
-have been on its way into the cache, or the machine busy with something else."""
+"""Read before more threads are tried once more, and twice as much after each time up to the second: a file
+may have been on its way into the cache, or the machine busy with something else."""
 
 WORTH = 1.25
 """How many times faster twice as many threads have to be to be kept."""

@@ -92,6 +92,13 @@ class Timeline:
         ask."""
         return self._read_all()
 
+    def last(self) -> StepTimes | None:
+        """The last step that the device had done when `collect` was called; to read one is cheaper than all
+        of `finished`."""
+        with contextlib.suppress(IndexError, RuntimeError):
+            return self._read(self._ended[-1])
+        return None
+
     def begin(self, root: Hashable, measured: Hashable = None) -> None:
         """A forward of `root` begins. `measured`: the work whose times are taken in it, if any."""
         if self._step is not None:  # Its forward raised, or another model's runs inside it.
