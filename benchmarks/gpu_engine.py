@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ AHEAD_SHARE = 0.25
 PROMPT_LINK_BYTES_PER_S = 12e9
 """PCIe 3.0 x 16 in practice: of a link that is the limit."""
 PROMPT_SHARES = (0.25, 0.5)
-IMAGE_STEPS = 8
+IMAGE_STEPS, SMALL_IMAGE_STEPS = 8, 4
 
 Row = dict[str, Any]
 
@@ -143,17 +143,17 @@ class Engine:
         self.attachment.detach()
 
 
-def prompts(rig: ComputingRig) -> list[Row]:
-    """Steps over a throttled link, with some of the weights as budget: of a first image, each of which
-    computes its own (`own_s`, the later ones); of another image of its prompt, the later ones; and of an
-    image of a new prompt, all of them, with what is computed ahead for them."""
+def prompts(rig: ComputingRig, shares: Sequence[float], steps: int) -> list[Row]:
+    """Steps over a throttled link, with some of the weights as budget, `steps` an image: of a first one, each
+    of which computes its own (`own_s`, the later ones); of another image of its prompt, the later ones; and
+    of an image of a new prompt, all of them, with what is computed ahead for them."""
     slower = contextlib.nullcontext() if rig.device.is_host else rig.throttled(PROMPT_LINK_BYTES_PER_S)
     with slower:
-        return [_prompts(rig, share) for share in PROMPT_SHARES]
+        return [_prompts(rig, share, steps) for share in shares]
 
 
 @torch.no_grad()
-def _prompts(rig: ComputingRig, share: float) -> Row:
+def _prompts(rig: ComputingRig, share: float, count: int) -> Row:
     rig.clean_up()
     model, device = rig.qswap_model(), rig.device
     attachment = rig.attach(model, "shared", same_prompt=True)
@@ -161,13 +161,13 @@ def _prompts(rig: ComputingRig, share: float) -> Row:
     image, text, pooled, _, *others = rig.inputs(model)
 
     def steps(prompt: int) -> tuple[list[float], Tensor]:
-        attachment.run.begin(IMAGE_STEPS)
+        attachment.run.begin(count)
         marks = []
-        for step in range(IMAGE_STEPS + 1):
+        for step in range(count + 1):
             marks.append(device.new_event(timing=True))
             marks[-1].record(device.current_stream())
-            if step < IMAGE_STEPS:
-                time = torch.full((1,), 1 - step / IMAGE_STEPS, device=device.device)
+            if step < count:
+                time = torch.full((1,), 1 - step / count, device=device.device)
                 output = model(image, text, pooled + prompt, time, *others)
         device.synchronize()
         return [one.elapsed_time(then) * 1e-3 for one, then in itertools.pairwise(marks)], output
@@ -178,9 +178,10 @@ def _prompts(rig: ComputingRig, share: float) -> Row:
     steps(1)  # What computes ahead is compiled.
     new, _ = steps(2)
     attachment.detach()
-    late = IMAGE_STEPS // 2
+    late = count // 2
     return {
         "budget_share": share,
+        "steps": count,
         "link_bytes_per_s": None if device.is_host else rig.link_bytes_per_s(),
         "own_s": statistics.fmean(first[late:]),
         "same_prompt_s": statistics.fmean(again[late:]),
@@ -189,8 +190,15 @@ def _prompts(rig: ComputingRig, share: float) -> Row:
     }
 
 
-def engine(rig: ComputingRig, steps: int, save: Callable[[Row], None]) -> None:
-    """Calls `save` with all that is known after every part."""
+def engine(
+    rig: ComputingRig,
+    steps: int,
+    save: Callable[[Row], None],
+    *,
+    shares: Sequence[float] = PROMPT_SHARES,
+    image_steps: int = IMAGE_STEPS,
+) -> None:
+    """Calls `save` with all that is known after every part. shares, image_steps: of `prompts`."""
     held = Engine(rig, steps)
     found: Row = {"switching": held.switching()}
     save(found)
@@ -198,5 +206,5 @@ def engine(rig: ComputingRig, steps: int, save: Callable[[Row], None]) -> None:
     save(found)
     held.close()
     del held
-    found["prompts"] = prompts(rig)
+    found["prompts"] = prompts(rig, shares, image_steps)
     save(found)

@@ -159,7 +159,14 @@ def engine(arguments: argparse.Namespace, timer: Timer, save: Save) -> None:
         found.update(parts)
         save(found)
 
-    gpu_engine.engine(rig, gpu_engine.SMALL_STEPS if arguments.small else gpu_engine.STEPS, on_part)
+    if not arguments.small:
+        gpu_engine.engine(rig, gpu_engine.STEPS, on_part)
+    else:
+        # The simulated accelerator takes seconds for each step that is computed: too many for these.
+        shares = () if arguments.device == "simgpu" else gpu_engine.PROMPT_SHARES[:1]
+        gpu_engine.engine(
+            rig, gpu_engine.SMALL_STEPS, on_part, shares=shares, image_steps=gpu_engine.SMALL_IMAGE_STEPS
+        )
     print(json.dumps(found))
 
 

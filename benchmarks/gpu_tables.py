@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gpu_engine import IMAGE_STEPS
 from gpu_targets import of_copy, of_same_size_copy
 
 Row = Mapping[str, Any]
@@ -163,7 +162,7 @@ def _prompt(row: Row) -> str:
     return (
         f"With {throttled}{row['budget_share']:.0%} of the model as budget a step takes {row['own_s']:.3f} s "
         f"where it computes its own modulation, {row['same_prompt_s']:.3f} s for another image of it, "
-        f"and {row['new_prompt_s']:.3f} s in the mean of {IMAGE_STEPS} steps of a new prompt."
+        f"and {row['new_prompt_s']:.3f} s in the mean of {row['steps']} steps of a new prompt."
     )
 
 
