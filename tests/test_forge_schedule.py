@@ -31,6 +31,7 @@ def forge(monkeypatch):
 
 class Sampler:
     def __init__(self, **options):
+        self.func = lambda model, x, sigmas=None: None
         self.config = SimpleNamespace(options=options)
         self.asked = []
 
@@ -61,24 +62,23 @@ def test_each_step_has_the_time_that_the_network_is_given():
 
 
 @pytest.mark.parametrize(
-    ("processing", "whole"),
+    ("processing", "whole", "made"),
     [
-        ({"denoising_strength": 0.5}, 20),
-        ({"denoising_strength": 0.5, "is_hr_pass": True, "hr_second_pass_steps": 5}, 10),
-        ({"denoising_strength": 0.5, "is_hr_pass": True, "hr_second_pass_steps": 0}, 20),
+        ({"init_images": [], "denoising_strength": 0.5}, 20, 10),
+        ({"is_hr_pass": True, "denoising_strength": 0.5, "hr_second_pass_steps": 5}, 10, 5),
+        ({"is_hr_pass": True, "denoising_strength": 0.5, "hr_second_pass_steps": 0}, 20, 10),
     ],
 )
-def test_where_an_image_is_given_they_are_the_last_ones_of_a_whole_run(processing, whole):
+def test_where_an_image_is_given_they_are_the_last_ones_of_a_whole_run(processing, whole, made):
     sampler = Sampler()
-    first = (torch.linspace(1, 0, whole + 1) ** 2)[whole // 2].item()
-    # As many steps as would begin elsewhere.
-    times = times_of_run(params(sampler, 3, first, **processing), engine())
-    assert sampler.asked == [3, whole]
-    assert times[whole // 2] == first
-    assert len(times) == whole
+    sigmas = torch.linspace(1, 0, whole + 1) ** 2
+    # Every other one of these is one of a schedule of as many steps as are made, too.
+    times = times_of_run(params(sampler, made, sigmas[whole - made].item(), **processing), engine())
+    assert sampler.asked == [whole]
+    assert torch.equal(times, sigmas[whole - made : -1])
 
 
-def test_a_hires_fix_has_the_times_of_its_first_pass_in_it():
+def test_the_first_pass_of_a_hires_fix_has_times_of_its_own():
     sampler = Sampler()
     times = times_of_run(params(sampler, 10, 1.0, denoising_strength=0.5, is_hr_pass=False), engine())
     assert sampler.asked == [10]
@@ -86,7 +86,7 @@ def test_a_hires_fix_has_the_times_of_its_first_pass_in_it():
 
 
 @pytest.mark.parametrize(
-    "what", ["two forwards a step", "no sigmas", "own sigmas", "other sigmas", "no config"]
+    "what", ["two forwards", "no sigmas", "own sigmas", "other sigmas", "no config", "no argument"]
 )
 def test_what_is_not_known_is_not_told(what):
     sampler = Sampler(second_order=what == "two forwards")
@@ -95,6 +95,8 @@ def test_what_is_not_known_is_not_told(what):
         asked.denoiser.sampler = SimpleNamespace(config=sampler.config)
     elif what == "own sigmas":
         asked.denoiser.p.sampler_noise_scheduler_override = lambda steps: None
+    elif what == "no argument":
+        sampler.func = lambda model, x, sigma_min, sigma_max, n: None
     elif what == "no config":
         sampler.config = None
     assert times_of_run(asked, engine()) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -17,28 +18,30 @@ def times_of_run(params: Any, engine: Any) -> torch.Tensor | None:
     sampler, processing = params.denoiser.sampler, params.denoiser.p
     if (
         not hasattr(sampler, "get_sigmas")
+        or "sigmas" not in inspect.signature(sampler.func).parameters
         or getattr(processing, "sampler_noise_scheduler_override", None) is not None
         or sampler.config is None
         or sampler.config.options.get("second_order", False)
     ):
         return None
-    now = params.sigma.flatten()[0].cpu()
-    for steps in _numbers_of_sigmas(params):
-        sigmas = sampler.get_sigmas(processing, steps)[:-1].cpu()
-        if bool((sigmas == now).any()):
-            return engine.forge_objects.unet.model.predictor.timestep(sigmas).float()
-    return None
+    steps, first = _steps_of(params)
+    sigmas = sampler.get_sigmas(processing, steps)[first:-1].cpu()
+    if not len(sigmas) or sigmas[0] != params.sigma.flatten()[0].cpu():
+        return None
+    return engine.forge_objects.unet.model.predictor.timestep(sigmas).float()
 
 
-def _numbers_of_sigmas(params: Any) -> list[int]:
-    """How many a sampler may have asked for, the likelier first: one for each step, or, where an image is
-    given, those of a whole run, of which the last ones are taken."""
-    from modules import sd_samplers_common
+def _steps_of(params: Any) -> tuple[int, int]:
+    """How many steps the sampler's schedule has, and with which of them, from 0, it begins: where an image is
+    given, with one of the last."""
+    from modules.sd_samplers_common import setup_img2img_steps
 
     processing = params.denoiser.p
-    whole = [params.total_sampling_steps]
-    if getattr(processing, "denoising_strength", None) is None:
-        return whole
-    second_pass = (getattr(processing, "hr_second_pass_steps", 0) or processing.steps,)
-    steps = second_pass if getattr(processing, "is_hr_pass", False) else ()
-    return [*whole, sd_samplers_common.setup_img2img_steps(processing, *steps)[0]]
+    if getattr(processing, "is_hr_pass", False):
+        wanted = getattr(processing, "hr_second_pass_steps", 0) or processing.steps
+        steps, last = setup_img2img_steps(processing, wanted)
+    elif hasattr(processing, "init_images"):
+        steps, last = setup_img2img_steps(processing)
+    else:
+        return params.total_sampling_steps, 0
+    return steps, steps - last - 1
