@@ -101,7 +101,7 @@ def _from_chunks(part):
 @triton.jit
 def _two_groups(start, part):
     """Scales and minima of the two groups of a part: Q4_K's and Q5_K's."""
-    # One load of 16 bytes: those of two would be looked up in the cache as often as the weights' own.
+    # One load of 16 bytes: small ones would each be looked up in the cache for as many lines as the weights.
     header = start.to(tl.pointer_type(tl.uint32))
     both, first, second, rest = _four(tl.load(header[:, None] + tl.arange(0, 4)[None, :]))
     d, least = _as_half(both), _as_half(both >> 16)
