@@ -26,7 +26,7 @@ may have been on its way into the cache, or the machine busy with something else
 WORTH = 1.25
 """How many times faster twice as many threads have to be to be kept."""
 
-BUSY = 0.5
+BUSY = 0.7
 """More threads are tried only where reading takes this share of the time: else it is the link, or the
 computation, that takes long."""
 
