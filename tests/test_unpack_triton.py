@@ -96,7 +96,8 @@ def test_a_product_by_lanes_exchanges_nothing_before_its_end(compiled, monkeypat
         multiply(format, packed, x, bias, torch.empty((tokens, rows)))
         code = compiled.pop().asm["ptx"]
         assert "bar.sync" not in code[: code.index("shfl.sync")]
-        assert ("prmt.b32" in code) == (name != "Q8_0")
+        assert "prmt.b32" in code
+        assert ("sub.rn.f32 number" in code) == (name == "Q8_0")
         assert ".local" not in code
         # Sums of 32 threads, of each token's rows.
         assert code.count("shfl.sync") == 5 * at_once * tokens
