@@ -338,8 +338,9 @@ class Lanes:
 
     words: the type's function. start: the jitted function that tells where a part's first run begins in the
     block. bits: of a number. groups: how many scales a part's four runs have, 1, 2 or 4. runs: where the
-    other runs begin, counted from the first. alignment: of every row's address, in bytes. less: what the
-    numbers of eight bits are more than those that are meant; such a type has no offsets.
+    other runs begin, counted from the first. alignment: of every row's address, in bytes. less: by how
+    much the numbers of a type with eight bits and one group are larger than those that are meant; what it
+    returns as its offset is not looked at.
     """
 
     words: Any

@@ -26,8 +26,9 @@ CROWDED_SHARE = 16
 """What they give back then, at least, and the budget over this."""
 
 CHANGED_LINK = 0.1
-"""The share by which copies take more or less time than the plan was made for, for another one to be looked
-for. That of a card that saves power at first changes, and one that is shared; and so does reading a file."""
+"""By this share copies have to be faster or slower than the plan was made for before another one is looked
+for. The link of a card that saved power is slow at first, a shared one changes, and so does the rate at which
+a file is read."""
 
 LOOK_AT_LINK_STEPS = KEPT_STEPS
 """From one look at it to the next; what the link is then taken to be is the mean of as many steps."""
