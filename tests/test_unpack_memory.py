@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lib_qswap.quant import unpack_cpu
 from lib_qswap.quant.formats import FORMATS
 from lib_qswap.quant.unpack import unpack
 
@@ -62,6 +64,37 @@ def test_temporaries_do_not_grow_with_the_tensor(name, monkeypatch):
     def used(elements: int) -> int:
         packed = torch.zeros(format.packed_bytes(elements), dtype=torch.uint8)
         out = torch.empty(elements, dtype=torch.float16)
+        monkeypatch.setattr(unpack_cpu, "_kept", threading.local())
         return peak_bytes(partial(unpack, format, packed, out))
 
     assert 0 < used(16 << 20) <= used(8 << 20) * 1.01
+
+
+def test_the_next_tensor_of_a_type_takes_the_same_buffers(monkeypatch):
+    format = FORMATS["Q5_K"]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(unpack_cpu, "_kept", threading.local())
+    packed = torch.zeros(format.packed_bytes(4 << 20), dtype=torch.uint8)
+    out = torch.empty(4 << 20, dtype=torch.bfloat16)
+    first, second = (peak_bytes(partial(unpack, format, packed, out)) for _ in range(2))
+    assert second < first / 4
+
+
+def test_threads_that_unpack_at_once_do_not_share_buffers():
+    format = FORMATS["Q4_K"]
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (8, 1 << 13, format.block_bytes), dtype=torch.uint8, generator=generator)
+    blocks[..., 1::2][..., :2] = 0x20  # d and dmin: small numbers.
+    alone = [unpack(format, packed.view(-1), torch.empty(1 << 21)) for packed in blocks]
+    together = [torch.empty(1 << 21) for _ in blocks]
+
+    def work(number: int) -> None:
+        for _ in range(5):
+            unpack(format, blocks[number].view(-1), together[number])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(blocks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(map(torch.equal, alone, together))

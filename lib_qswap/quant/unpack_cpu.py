@@ -9,6 +9,7 @@ a broadcast: so views are made once where they can be, and never have a third di
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -19,7 +20,7 @@ from .words import BLOCK_GRANULE
 
 # The scales of so many chunks are unpacked at once: they are few numbers for as many calls. torch leaves an
 # operation on 32,768 numbers or fewer to one thread; a chunk has 2,048 super-blocks for each.
-_CHUNKS_OF_SCALES, _CHUNKS_OF_SCALES_OF_THREADS = 8, 16
+_CHUNKS_OF_SCALES, _CHUNKS_OF_SCALES_OF_THREADS = 4, 16
 
 
 class ChunkUnpacker:
@@ -39,12 +40,19 @@ class ChunkUnpacker:
         """words: shape of the buffer for the numbers as bytes, plane by plane, eight in an int64."""
         self.words = torch.empty(words, dtype=torch.int64)
         self.bytes = self.words.view(-1).view(torch.int8 if self.signed else torch.uint8)
+        self.values: Tensor | None = None
         self.make_buffers()
 
     def make_buffers(self) -> None:
         """What `unpack` needs besides."""
         self.numbers = torch.empty(self.bytes.numel(), dtype=torch.float32)
         self.rows = self.planes_of_numbers()
+
+    def unrounded(self, elements: int) -> Tensor:
+        """fp32 (blocks, elements): where values wait to be rounded."""
+        if self.values is None:
+            self.values = torch.empty((self.bytes.numel() // elements, elements), dtype=torch.float32)
+        return self.values
 
     def planes_of_numbers(self) -> Sequence[Tensor]:
         """`numbers` as a (rows, width) for each plane."""
@@ -152,6 +160,18 @@ def can_scale_rows() -> bool:
     return torch.equal(out.view(torch.int16), expected.view(torch.int16))
 
 
+_kept = threading.local()
+
+
+def _unpacker_of(kind: Callable[[int], ChunkUnpacker], chunk: int) -> ChunkUnpacker:
+    """The one that this thread used last, where that is of the same kind: the page faults of fresh buffers
+    take longer than a chunk does."""
+    if getattr(_kept, "key", None) != (kind, chunk):
+        _kept.unpacker = _kept.key = None
+        _kept.unpacker, _kept.key = kind(chunk), (kind, chunk)
+    return _kept.unpacker
+
+
 def unpack_whole_chunks(
     kind: Callable[[int], ChunkUnpacker], blocks: Tensor, values: Tensor, chunk_elements: int
 ) -> int:
@@ -166,9 +186,9 @@ def unpack_whole_chunks(
     chunks = blocks.shape[0] // chunk if chunk else 0
     if not chunks:
         return 0
-    unpacker = kind(chunk)
+    unpacker = _unpacker_of(kind, chunk)
     rounded = values.dtype != unpacker.writes
-    unrounded = torch.empty((chunk, elements), dtype=torch.float32) if rounded else values
+    unrounded = unpacker.unrounded(elements) if rounded else values
     planes = unpacker.planes_of_values(unrounded) if rounded else ()
     at_once = _CHUNKS_OF_SCALES if torch.get_num_threads() == 1 else _CHUNKS_OF_SCALES_OF_THREADS
     for first in range(0, chunks, at_once):

@@ -34,7 +34,8 @@ def _repeated_half(blocks: Tensor, offset: int, count: int) -> Tensor:
 _LOW, _HIGH_TOPS, _HIGH_RESTS = torch.tensor([0x3F3F3F3F, 0x30303030 << 32, 0x0F0F0F0F << 32]).unbind(0)
 _ODD_LANES = ~_LANES
 _HALVES, _SIGN_OF_SECOND, _TWICE = torch.tensor([0xFFFFFFFF, 0x80000000, 0x0000000100000001]).unbind(0)
-_2, _4, _8, _30, _32 = torch.tensor([2, 4, 8, 30, 32]).unbind(0)
+_HALF, _SIGN, _FOUR_TIMES = torch.tensor([0xFFFF, 0x8000, 0x0001000100010001]).unbind(0)
+_2, _4, _8, _16, _30, _32 = torch.tensor([2, 4, 8, 16, 30, 32]).unbind(0)
 
 
 class _SixBitNumbers:
@@ -108,20 +109,29 @@ class _SixBitScalesInOrder(_SixBitNumbers):
 
     def __init__(self, n: int, units: Sequence[float]) -> None:
         super().__init__(n)
-        self.halves = torch.empty((2, n, 1), dtype=torch.float32)
-        self.numbers = torch.empty((2, n, 8), dtype=torch.float32)
+        halves = torch.empty((2, n, 2), dtype=torch.int64)
+        self.repeated_d, self.repeated_dmin = halves.unbind(0)
+        self.halves = halves.view(-1).view(torch.float16)
+        self.repeated = torch.empty(16 * n, dtype=torch.float32)
+        self.bytes = self.both.view(-1).view(torch.uint8)
+        self.numbers = torch.empty(16 * n, dtype=torch.float32)
+        self.planes = self.numbers.view(2, 1, -1).unbind(0)
         self.units = torch.tensor(units, dtype=torch.float32).repeat(4 * n)
         self.means = torch.empty((1, 8 * n), dtype=torch.float32)
 
     def __call__(self, blocks: Tensor) -> tuple[Tensor, ...] | None:
         """What `HalfChunkUnpacker.unpack` takes, valid until the next call."""
         self.read(blocks)
-        self.numbers.view(-1).copy_(self.both.view(torch.uint8).view(-1))
-        d_and_dmin = self.first.view(torch.float16).view(-1, 4)[:, :2]
-        self.halves.copy_(d_and_dmin.t()[:, :, None])
-        self.halves[1].neg_()
-        self.numbers.mul_(self.halves)
-        scales, minima = self.numbers.view(2, 1, -1).unbind(0)
+        self.numbers.copy_(self.bytes)
+        # d and -dmin, four times in a word, in two words: long rows instead of one of eight for each block.
+        torch.bitwise_and(self.first, _HALF, out=self.part).mul_(_FOUR_TIMES)
+        torch.bitwise_right_shift(self.first, _16, out=self.first).bitwise_and_(_HALF)
+        self.first.bitwise_xor_(_SIGN).mul_(_FOUR_TIMES)
+        for word, repeated in ((self.part, self.repeated_d), (self.first, self.repeated_dmin)):
+            for column in repeated.unbind(1):
+                column.copy_(word)
+        self.numbers.mul_(self.repeated.copy_(self.halves))
+        scales, minima = self.planes
         scales.mul_(self.units)
         means(scales, self.means)
         # A scale that is infinite or no number has none; then the sum is not zero.
