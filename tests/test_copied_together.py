@@ -93,6 +93,34 @@ def test_a_step_that_breaks_off_leaves_nothing_behind(sim):
     attachment.detach()
 
 
+def test_a_copy_is_waited_for_once_and_what_it_overwrites_is_marked_once(sim, monkeypatch):
+    model, attachment, outputs = swapped(ring_layers=24)
+    steps(model, 4)
+    calls = {"record": 0, "wait": 0}
+
+    def counting(name):
+        original = getattr(sim.Event, name)
+
+        def count(event, stream=None):
+            calls[name] += 1
+            return original(event, stream)
+
+        monkeypatch.setattr(sim.Event, name, count)
+
+    list(map(counting, calls))
+    swapped_now = sum(layer.resident is None for layer in attachment.layers)
+    taken = copies(sim, lambda: steps(model, 1)) - 1
+    assert taken < swapped_now / 2
+    # When a layer asks for its weights is recorded; before and behind each copy; the step's begin and end;
+    # and what has been read, where something is to be written over it: twice where the ring begins anew.
+    assert calls["record"] <= swapped_now + 2 * taken + 2 + taken + 2
+    # The compute stream for each copy, the copy stream for what lay there.
+    assert calls["wait"] <= 2 * taken + 2
+    monkeypatch.undo()
+    torch.testing.assert_close(steps(model)[-1], outputs)
+    attachment.detach()
+
+
 def test_large_layers_and_staged_ones_have_copies_of_their_own(sim, monkeypatch):
     monkeypatch.setattr(streamer, "SMALL_COPY_S", LAYER_BYTES / 100e9)
     model, attachment, outputs = swapped()

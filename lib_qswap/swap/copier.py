@@ -226,8 +226,12 @@ class Copier:
 
     def _begin(self, transfer: Transfer) -> None:
         try:
+            last = None
             for earlier in transfer.after:
-                earlier.events.done.wait(self.stream)
+                done = earlier.done
+                if done is not last:
+                    done.wait(self.stream)
+                    last = done
             transfer.events.started.record(self.stream)
             transfer.recorded = True
         except Exception as error:

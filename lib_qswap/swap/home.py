@@ -79,7 +79,7 @@ class Home:
             layers does.
     """
 
-    __slots__ = ("_parts", "kind", "owner", "page_locked", "payload")
+    __slots__ = ("_begin", "_end", "_parts", "kind", "owner", "page_locked", "payload")
 
     def __init__(
         self, parts: Sequence[Part], payload: torch.Tensor | None = None, owner: Owner | None = None
@@ -88,6 +88,8 @@ class Home:
         self.owner = owner
         self.payload = payload
         self.page_locked = payload is not None and payload.is_pinned()
+        self._begin = 0 if payload is None else payload.data_ptr()
+        self._end = 0 if payload is None else self._begin + payload.numel()
         self.kind: HomeKind = "cpu"
         if self.page_locked:
             self.kind = "shared"
@@ -124,16 +126,8 @@ class Home:
 
     def follows(self, other: Home) -> bool:
         """Whether the device can read its payload in one piece with that of `other`, right before it."""
-        if (
-            self.owner is None
-            or self.owner is not other.owner
-            or self.payload is None
-            or other.payload is None
-        ):
-            return False
-        return (
-            self.page_locked and self.payload.data_ptr() == other.payload.data_ptr() + other.payload.numel()
-        )
+        one = self.page_locked and self.owner is not None and self.owner is other.owner
+        return one and self._begin == other._end
 
     def tensor(self, part: Part) -> torch.Tensor:
         """The master of `part`, for whoever reads the module's parameters."""

@@ -13,7 +13,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -70,6 +70,8 @@ class Streamer:
         self._leased: dict[Transfer, None] = {}
         self._held: dict[Layer, ResidentLease] = {}
         self._retired: deque[Transfer] = deque(maxlen=64)
+        self._read: list[Transfer] = []
+        self._read_on: Any = None
 
     # ------------------------------------------------------------------------------------------ between steps
     @property
@@ -112,10 +114,11 @@ class Streamer:
         self._drop_ahead()
         for transfer in list(self._leased):
             self._give_back(transfer)
+        self._mark_read()
         self.copier.drain()
         # Nothing is held on to of models that may not run again.
         for transfer in self._ring.readers():
-            transfer.events.done.wait(self.copier.stream)
+            transfer.done.wait(self.copier.stream)
         self.device.order(self.copier.stream, self.device.current_stream())
         self._views.clear()
         self._waiting = None, 0
@@ -179,6 +182,7 @@ class Streamer:
         with self._lock:
             for transfer in list(self._leased):  # Abandoned: their forward raised.
                 self._give_back(transfer)
+            self._mark_read()
             holds = self.order.begin(root)
             self.wrap = self.order.repeats if wrap is None else wrap
             if not holds:
@@ -191,6 +195,7 @@ class Streamer:
         """The forward of the model `root` is over. Returns its layers, resident and swapped ones, in the
         order of execution, where it was measured."""
         with self._lock:
+            self._mark_read()
             return self.timeline.end(root)
 
     def abandon_step(self, root: Hashable) -> None:
@@ -250,10 +255,14 @@ class Streamer:
             with self._lock:
                 if transfer in self._leased:
                     self._give_back(transfer)
+                    self._mark_read()
             if transfer.uploads:
                 self.evict([transfer.layer])
             raise transfer.error
-        transfer.ready.wait(stream)
+        leader = transfer.leader or transfer
+        if not _same(leader.awaited_on, stream):  # Else one that came in the same copy has been waited for.
+            leader.events.ready.wait(stream)
+            leader.awaited_on = stream
         self.timeline.used(transfer)
 
     def _claim(self, layer: Layer) -> Transfer:
@@ -284,10 +293,11 @@ class Streamer:
         return None
 
     def _fetch(self, layer: Layer) -> Transfer | None:
-        self.begin_uploads(self._uploads.before(layer))
         slot = self._ring.take(layer.payload_bytes)
         if slot is None:
             return None
+        self._begin_uploads_before(layer)
+        self._mark_read()
         transfer = Transfer(layer, *self._in_slot(slot, layer), slot, self._ring.wait_for(slot))
         self.copier.submit(transfer)
         return transfer
@@ -296,9 +306,9 @@ class Streamer:
         """The layers that are fetched by one copy, from `first` on, which comes next."""
         together = [first]
         small = self._small_bytes
-        room = min(self._together_bytes, self.ring_bytes // TOGETHER_RING_SHARE) - first.payload_bytes
         if first.payload_bytes >= small or self.copier.staged or not first.home.page_locked:
             return together
+        room = min(self._together_bytes, self.ring_bytes // TOGETHER_RING_SHARE) - first.payload_bytes
         while True:
             layer = self.order.ahead(len(self._ahead) + len(together), wrap=wrap)
             if layer is None or layer.resident is not None or layer.payload_bytes >= small:
@@ -318,17 +328,22 @@ class Streamer:
                     self._ring.discard(taken)
                 return False
             slots.append(slot)
+        self._mark_read()
         transfers: list[Transfer] = []
         for slot, layer in zip(slots, layers, strict=True):
             if transfers and slot.offset == 0:  # The ring begins anew.
                 self.copier.submit(transfers[0], transfers[1:])
                 transfers = []
-            self.begin_uploads(self._uploads.before(layer))
+            self._begin_uploads_before(layer)
             transfer = Transfer(layer, *self._in_slot(slot, layer), slot, self._ring.wait_for(slot))
             transfers.append(transfer)
             self._ahead.append(transfer)
         self.copier.submit(transfers[0], transfers[1:])
         return True
+
+    def _begin_uploads_before(self, swapped: Layer | None) -> None:
+        if self._uploads.are_left:
+            self.begin_uploads(self._uploads.before(swapped))
 
     def _in_slot(self, slot: Slot, layer: Layer) -> Views:
         """In a steady cycle a layer comes to the same few slots again and again."""
@@ -352,28 +367,29 @@ class Streamer:
         self.copier.submit(transfer)
         return transfer
 
-    def _prefetch(self) -> None:
+    def _prefetch(self) -> bool:
+        """Fetches what comes next. Returns whether there is more, which only waits for room in the ring."""
         while True:
             wrap = False
             layer = self.order.ahead(len(self._ahead), wrap=False)
             if layer is None and self.wrap:  # The rest belongs to the next forward.
-                self.begin_uploads(self._uploads.before(None))
+                self._begin_uploads_before(None)
                 wrap = True
                 layer = self.order.ahead(len(self._ahead), wrap=True)
             if layer is None or layer.resident is not None:
-                self.begin_uploads(self._uploads.before(None))
-                return
+                self._begin_uploads_before(None)
+                return False
             if self._waiting[0] is layer and self._ring.room_bytes < self._waiting[1]:
-                return
+                return True
             together = self._together(layer, wrap)
             if len(together) > 1:
                 if not self._fetch_together(together):
                     self._waiting = layer, sum(one.payload_bytes for one in together)
-                    return
+                    return True
                 continue
             transfer = self._fetch(layer)
             if transfer is None:
-                return
+                return True
             self._ahead.append(transfer)
 
     def _drop_ahead(self) -> None:
@@ -405,11 +421,17 @@ class Streamer:
         with self._lock:
             if transfer in self._leased:
                 self._give_back(transfer)
-                self._prefetch()
+                # What waits for more room than this waits for later layers, too.
+                if not self._prefetch():
+                    self._mark_read()
 
     def _give_back(self, transfer: Transfer) -> None:
         del self._leased[transfer]
-        transfer.events.done.record(self.device.current_stream())
+        stream = self.device.current_stream()
+        if not _same(stream, self._read_on):
+            self._mark_read()
+            self._read_on = stream
+        self._read.append(transfer)
         self.timeline.read(transfer.layer)
         if transfer.error is None:
             self._retired.append(transfer)
@@ -419,6 +441,16 @@ class Streamer:
         else:
             # Outside the budget: kept by nobody who only wants to know about it.
             transfer.target, transfer.parts = NO_BYTES, {}
+
+    def _mark_read(self) -> None:
+        """Records the event behind what reads the transfers given back so far: one for all of them, since
+        whatever is written over the first waits for the last as well."""
+        if self._read:
+            last = self._read.pop()
+            last.events.done.record(self._read_on)
+            for transfer in self._read:
+                transfer.read_by = last
+            self._read.clear()
 
     # ------------------------------------------------------------------------------------------- for the page
     def states(self) -> dict[Layer, str]:
@@ -439,3 +471,8 @@ class Streamer:
         if computing is not None and not self.timeline.is_over:
             states[computing.layer] = "in_use"
         return states
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two streams are the same: some torch modules have another object for one each time."""
+    return one is other or bool(one == other)

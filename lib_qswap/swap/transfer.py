@@ -47,6 +47,8 @@ class Transfer:
             that never was counts as happened.)
         uploads: whether it makes its layer resident.
         leader: the transfer whose copy brings these bytes as well; None: it has a copy of its own.
+        awaited_on: the stream that waits for its copy, if any.
+        read_by: the transfer given back together with it whose event `done` stands for both; None: its own.
         error: why the bytes are not there, if so.
     """
 
@@ -54,6 +56,7 @@ class Transfer:
         "_spare",
         "after",
         "awaited",
+        "awaited_on",
         "cancelled",
         "error",
         "events",
@@ -61,6 +64,7 @@ class Transfer:
         "layer",
         "leader",
         "parts",
+        "read_by",
         "recorded",
         "slot",
         "target",
@@ -81,6 +85,8 @@ class Transfer:
         self.layer, self.target, self.parts, self.slot = layer, target, parts, slot
         self.after, self.uploads = after, uploads
         self.leader: Transfer | None = None
+        self.read_by: Transfer | None = None
+        self.awaited_on: Any = None
         self.recorded = self.issued = self.awaited = self.cancelled = False
         self.error: BaseException | None = None
 
@@ -111,6 +117,11 @@ class Transfer:
     def ready(self) -> Any:
         """The event behind that copy."""
         return self.events.ready if self.leader is None else self.leader.events.ready
+
+    @property
+    def done(self) -> Any:
+        """The event behind what reads its target."""
+        return self.events.done if self.read_by is None else self.read_by.events.done
 
     @property
     def begun(self) -> bool:

@@ -44,6 +44,11 @@ class Uploads:
         else:
             self._sequences.pop(root, None)
 
+    @property
+    def are_left(self) -> bool:
+        """Whether the model that runs has residents that compute has not come to."""
+        return bool(self._sequence)
+
     def before(self, swapped: Layer | None) -> list[Layer]:
         """The residents that compute comes to before `swapped`, each once; all that are left where it is not
         known, or None."""
