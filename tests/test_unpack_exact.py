@@ -259,6 +259,27 @@ def test_a_scale_that_is_no_number_spoils_its_own_block_alone(name, scale, posit
     assert torch.equal(values.nan_to_num(nan=0), expected.half().nan_to_num(nan=0))
 
 
+@pytest.mark.parametrize("scale", [2.0**-24, 0.01, 65504.0, 0.0, -0.0, -0.01, np.inf, -np.inf, np.nan])
+def test_ternary_numbers_have_the_right_sign_where_they_are_zero(scale, small_chunks, monkeypatch):
+    format = FORMATS["TQ1_0"]
+    blocks = ggml_blocks.random_blocks(format, 14 * 14 + 3, "ordinary")
+    d = blocks[:, 52:].view(np.float16)
+    d[:] = np.maximum(np.abs(d), np.float16(1e-4))
+    d[100] = scale
+    expected = unpacked(format, blocks)
+    if np.isfinite(scale):
+        assert_same_bits(expected, reference(format, blocks))
+    calls, original = [], torch.native_batch_norm
+    monkeypatch.setattr(
+        torch, "native_batch_norm", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    )
+    values = unpacked(format, blocks, torch.float16)
+    assert torch.equal(values.isnan(), expected.isnan())
+    numbers = ~expected.isnan()
+    assert_same_bits(values[numbers], expected.half()[numbers])
+    assert bool(calls) == (0 < scale < np.inf), "whether the quick way was taken"
+
+
 @pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])
 def test_where_torch_cannot_scale_rows_the_values_are_the_same(name, small_chunks, monkeypatch):
     blocks = ggml_blocks.random_blocks(FORMATS[name], 14 * 14 + 3, "edge")

@@ -2,9 +2,9 @@
 
 One of `kernels` does it where there is one, else torch's operations do, in chunks: a chunk's temporaries fit
 into a CPU's caches, or, on an accelerator, where small ones would be many launches, into 64 MB. On a CPU the
-K types and TQ2_0 have a way of their own, `unpack_cpu`, for all but the rest that fills no chunk. Nothing
-here waits for a device, but for a kernel's first check, and all memory comes from torch's allocator, on the
-current stream.
+K types, TQ1_0 and TQ2_0 have a way of their own, `unpack_cpu`, for all but the rest that fills no chunk.
+Nothing here waits for a device, but for a kernel's first check, and all memory comes from torch's allocator,
+on the current stream.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ _CPU_KINDS: dict[str, Callable[[int], unpack_cpu.ChunkUnpacker]] = {
         unpack_cpu_k.Q4_K,
         unpack_cpu_k.Q5_K,
         unpack_cpu_k.Q6_K,
+        unpack_cpu_ternary.TQ1_0,
         unpack_cpu_ternary.TQ2_0,
     )
 }
 _CPU_KINDS_TO_HALF: dict[str, Callable[[int], unpack_cpu.ChunkUnpacker]] = {
     "Q4_K": unpack_cpu_k.Q4_KToHalf,
     "Q5_K": unpack_cpu_k.Q5_KToHalf,
+    "TQ1_0": unpack_cpu_ternary.TQ1_0ToHalf,
 }
 
 # For each thread. Smaller chunks spend their time on calls, larger ones on memory outside the caches.
