@@ -7,9 +7,10 @@ from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from lib_qswap.quant import unpack_cpu
+from lib_qswap.quant import unpack_cpu, unpack_cpu_k
 from lib_qswap.quant.formats import FORMATS
 from lib_qswap.quant.unpack import unpack
 
@@ -78,6 +79,14 @@ def test_the_next_tensor_of_a_type_takes_the_same_buffers(monkeypatch):
     out = torch.empty(4 << 20, dtype=torch.bfloat16)
     first, second = (peak_bytes(partial(unpack, format, packed, out)) for _ in range(2))
     assert second < first / 4
+
+
+def test_buffers_of_somebody_who_traces_are_not_used_again(monkeypatch):
+    monkeypatch.setattr(unpack_cpu, "_kept", threading.local())
+    with FakeTensorMode():
+        traced = unpack_cpu._unpacker_of(unpack_cpu_k.Q6_K, 64)
+    assert isinstance(traced.words, FakeTensor)
+    assert type(unpack_cpu._unpacker_of(unpack_cpu_k.Q6_K, 64).words) is torch.Tensor
 
 
 def test_threads_that_unpack_at_once_do_not_share_buffers():

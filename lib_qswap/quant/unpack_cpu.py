@@ -166,13 +166,12 @@ _kept = threading.local()
 def _unpacker_of(kind: Callable[[int], ChunkUnpacker], chunk: int) -> ChunkUnpacker:
     """The one that this thread used last, where that is of the same kind: the page faults of fresh buffers
     take longer than a chunk does."""
-    if getattr(_kept, "key", None) == (kind, chunk):
-        return _kept.unpacker
-    _kept.unpacker = _kept.key = None
-    unpacker = kind(chunk)
-    if type(unpacker.words) is Tensor:  # Not what somebody traces with.
-        _kept.unpacker, _kept.key = unpacker, (kind, chunk)
-    return unpacker
+    if type(torch.empty(0)) is not Tensor:  # Somebody traces, with tensors that are none.
+        return kind(chunk)
+    if getattr(_kept, "key", None) != (kind, chunk):
+        _kept.unpacker = _kept.key = None
+        _kept.unpacker, _kept.key = kind(chunk), (kind, chunk)
+    return _kept.unpacker
 
 
 def unpack_whole_chunks(
