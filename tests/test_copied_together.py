@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ from test_streamer import F32, GPU, Steps, call, expected
 
 from lib_qswap.swap import arena, copier, streamer
 from lib_qswap.swap.manager import attach
+from lib_qswap.swap.transfer import Transfer
 
 pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("engine")]
 
@@ -119,6 +121,25 @@ def test_a_copy_is_waited_for_once_and_what_it_overwrites_is_marked_once(sim, mo
     monkeypatch.undo()
     torch.testing.assert_close(steps(model)[-1], outputs)
     attachment.detach()
+
+
+def test_transfers_that_came_together_go_without_the_garbage_collector(sim):
+    model, attachment, _ = swapped(ring_layers=24)
+    steps(model, 10)
+    sim.synchronize()
+    gc.collect()
+    gc.disable()
+    try:
+        steps(model, 30)
+        assert transfers_alive() <= 10 * COUNT, "more than those of the steps that are kept"
+        attachment.detach()
+        assert transfers_alive() == 0, "the ring's memory and the layers' would stay with them"
+    finally:
+        gc.enable()
+
+
+def transfers_alive() -> int:
+    return sum(type(one) is Transfer for one in gc.get_objects())
 
 
 def test_large_layers_and_staged_ones_have_copies_of_their_own(sim, monkeypatch):

@@ -232,6 +232,7 @@ class Copier:
                 if done is not last:
                     done.wait(self.stream)
                     last = done
+                earlier.read_by = None  # Nobody asks again, and it may have come in the same copy: a cycle.
             transfer.events.started.record(self.stream)
             transfer.recorded = True
         except Exception as error:

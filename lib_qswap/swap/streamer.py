@@ -70,8 +70,8 @@ class Streamer:
         self._leased: dict[Transfer, None] = {}
         self._held: dict[Layer, ResidentLease] = {}
         self._retired: deque[Transfer] = deque(maxlen=64)
-        self._read: list[Transfer] = []
-        self._read_on: Any = None
+        self._unmarked: list[Transfer] = []
+        self._unmarked_on: Any = None
 
     # ------------------------------------------------------------------------------------------ between steps
     @property
@@ -119,6 +119,7 @@ class Streamer:
         # Nothing is held on to of models that may not run again.
         for transfer in self._ring.readers():
             transfer.done.wait(self.copier.stream)
+            transfer.read_by = None
         self.device.order(self.copier.stream, self.device.current_stream())
         self._views.clear()
         self._waiting = None, 0
@@ -293,10 +294,10 @@ class Streamer:
         return None
 
     def _fetch(self, layer: Layer) -> Transfer | None:
+        self._begin_uploads_before(layer)
         slot = self._ring.take(layer.payload_bytes)
         if slot is None:
             return None
-        self._begin_uploads_before(layer)
         self._mark_read()
         transfer = Transfer(layer, *self._in_slot(slot, layer), slot, self._ring.wait_for(slot))
         self.copier.submit(transfer)
@@ -428,10 +429,10 @@ class Streamer:
     def _give_back(self, transfer: Transfer) -> None:
         del self._leased[transfer]
         stream = self.device.current_stream()
-        if not _same(stream, self._read_on):
+        if not _same(stream, self._unmarked_on):
             self._mark_read()
-            self._read_on = stream
-        self._read.append(transfer)
+            self._unmarked_on = stream
+        self._unmarked.append(transfer)
         self.timeline.read(transfer.layer)
         if transfer.error is None:
             self._retired.append(transfer)
@@ -445,12 +446,12 @@ class Streamer:
     def _mark_read(self) -> None:
         """Records the event behind what reads the transfers given back so far: one for all of them, since
         whatever is written over the first waits for the last as well."""
-        if self._read:
-            last = self._read.pop()
-            last.events.done.record(self._read_on)
-            for transfer in self._read:
+        if self._unmarked:
+            last = self._unmarked.pop()
+            last.events.done.record(self._unmarked_on)
+            for transfer in self._unmarked:
                 transfer.read_by = last
-            self._read.clear()
+            self._unmarked.clear()
 
     # ------------------------------------------------------------------------------------------- for the page
     def states(self) -> dict[Layer, str]:

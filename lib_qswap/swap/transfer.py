@@ -48,7 +48,8 @@ class Transfer:
         uploads: whether it makes its layer resident.
         leader: the transfer whose copy brings these bytes as well; None: it has a copy of its own.
         awaited_on: the stream that waits for its copy, if any.
-        read_by: the transfer given back together with it whose event `done` stands for both; None: its own.
+        read_by: the transfer given back together with it whose event `done` stands for both, until that has
+            been waited for; None: its own.
         error: why the bytes are not there, if so.
     """
 
