@@ -228,6 +228,97 @@ def test_a_limit_that_the_user_set_is_not_passed_by_lending(small_gpu):
     assert attachment.grown_bytes == 0
 
 
+class Plain(torch.nn.Module):
+    """64 MB of weights that nobody has packed."""
+
+    def __init__(self, operations):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(
+            operations.ForgeOperations.Linear(torch.nn.Parameter(torch.randn(1024, 1024) / 32), None)
+            for _ in range(16)
+        ).requires_grad_(False)
+
+    def forward(self, x, image):
+        torch.empty(image.shape[0] * MB, dtype=torch.uint8, device=x.device)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def plain_patcher(forge, network=None):
+    """As Forge's, of a model that Forge loads whole; of the same `network` it is a clone."""
+    gpu = torch.device(GPU, 0)
+    network = Plain(forge.operations) if network is None else network
+    patcher = forge.patcher_of(network, torch.float32, gpu)
+    patcher.is_clone = lambda other: other.model.diffusion_model is network
+    patcher.forge_unpatch_model = lambda target=None: None if target is None else patcher.model.to(target)
+    return patcher
+
+
+@pytest.fixture
+def forge_that_loads(small_gpu, monkeypatch):
+    kind = small_gpu.memory_management.LoadedModel
+    monkeypatch.setattr(kind, "model_load", lambda self, budget=-1: self.model.model.to(self.device))
+    return small_gpu
+
+
+def test_a_clone_of_a_model_that_forge_has_whole_on_the_device_is_taken_over(forge_that_loads):
+    forge, managed = forge_that_loads, forge_that_loads.qswap("managed")
+    patcher = plain_patcher(forge)
+    expected = patcher.model.diffusion_model(torch.ones(1, 1024), torch.empty(1, 0))
+    sample(forge, patcher, image_mb=10, reserve_mb=100)
+    assert managed.attachment_of(patcher.model) is None
+    assert next(patcher.model.parameters()).device.type == GPU
+    # A changed LoRA makes another patcher, and a larger batch needs the room.
+    clone = plain_patcher(forge)
+    clone.model = patcher.model
+    clone.is_clone = lambda other: other.model is clone.model
+    forge.memory_management.load_models_gpu([clone], memory_required=470 * MB)
+    attachment = managed.attachment_of(clone.model)
+    assert attachment.budget_bytes < attachment.payload_bytes
+    with torch.inference_mode():
+        found = clone.model.diffusion_model(torch.ones(1, 1024, device=GPU), torch.empty(1, 0))
+    torch.testing.assert_close(found.cpu(), expected)
+    assert attachment.device.memory_bytes()[0] >= 470 * MB
+
+
+@pytest.mark.parametrize("limit", ["the user's", "Never OOM"])
+def test_a_limit_holds_for_models_that_would_fit_whole(forge_that_loads, limit):
+    forge = forge_that_loads
+    memory = forge.memory_management
+    if limit == "Never OOM":
+        memory.vram_state = memory.VRAMState.NO_VRAM
+    else:
+        forge.shared.opts.data["qswap_gpu_budget_mb"] = 20
+    patcher = plain_patcher(forge)
+    sample(forge, patcher, image_mb=10, reserve_mb=100)
+    attachment = forge.qswap("managed").attachment_of(patcher.model)
+    assert attachment.budget_bytes == (attachment.floor_bytes if limit == "Never OOM" else 20 * MB)
+
+
+def test_a_model_that_was_refused_stays_with_forge(forge_that_loads):
+    forge, managed = forge_that_loads, forge_that_loads.qswap("managed")
+    patcher = plain_patcher(forge)
+    managed.refuse(patcher.model)
+    for reserve_mb in (100, 470, 470):
+        forge.memory_management.load_models_gpu([patcher], memory_required=reserve_mb * MB)
+        assert managed.attachment_of(patcher.model) is None
+        assert len(forge.memory_management.current_loaded_models) == 1
+
+
+def test_what_forge_adds_to_a_weight_is_part_of_what_is_asked_for(small_gpu):
+    module, added = torch.nn.Linear(2, 2), small_gpu.qswap("managed")._online_loras
+    assert not added(module)
+    lora = [[1.0, object(), 1.0, None, None]]
+    module.forge_online_loras = {"weight": lora}
+    first = added(module)
+    assert first == added(module)
+    lora[0][0] = 0.5  # as extensions do between two forwards
+    assert added(module) != first
+    hash(first)
+
+
 @pytest.mark.parametrize("device", ["vulkan", "cpu"])  # torch has no module for the first, as for DirectML's
 def test_a_model_on_a_device_that_qswap_cannot_serve_is_loaded_by_forge(small_gpu, device):
     memory, managed = small_gpu.qswap("memory"), small_gpu.qswap("managed")

@@ -1,5 +1,6 @@
 """Opening GGUF files: what is read, what is refused, and that no file can do worse than a GGUFError."""
 
+import errno
 import gc
 import json
 import os
@@ -361,6 +362,27 @@ def test_a_long_read_comes_in_several_pieces(write, reads, monkeypatch):
     destination = torch.empty(100, dtype=torch.uint8)
     FileSlice(MappedFile(write(content)), 0, 100).read_into(destination)
     assert destination.numpy().tobytes() == content
+
+
+class Gone:
+    """A handle of a network drive that was gone for a while."""
+
+    def seek(self, _offset):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+
+def test_a_handle_that_went_bad_is_opened_anew_once(write, monkeypatch):
+    monkeypatch.delattr(os, "preadv", raising=False)
+    content = noise(100)
+    file = MappedFile(write(content))
+    destination = torch.zeros(100, dtype=torch.uint8)
+    file._handles.file = Gone()
+    FileSlice(file, 0, 100).read_into(destination)
+    assert destination.numpy().tobytes() == content
+    file._handles.file = Gone()
+    Path(file.path).unlink()
+    with pytest.raises(OSError, match=Path(file.path).name):
+        FileSlice(file, 0, 100).read_into(destination)
 
 
 def test_threads_read_from_one_file_at_once(write, reads):

@@ -198,6 +198,69 @@ def test_a_file_that_a_container_has_in_its_cache_takes_no_ram_away(tmp_path, mo
     assert devices.available_ram_bytes() > 2_500_000
 
 
+def test_a_system_that_does_not_say_what_is_available_has_half_of_it(monkeypatch):
+    names = {"SC_PHYS_PAGES": 1 << 20, "SC_PAGE_SIZE": 4096}  # macOS has no more of them
+
+    def sysconf(name):
+        if name not in names:
+            raise ValueError("unrecognized configuration name")
+        return names[name]
+
+    def no_such_file(*_args, **_kwargs):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(devices.os, "sysconf", sysconf)
+    monkeypatch.setattr(devices, "open", no_such_file, raising=False)
+    assert devices.total_ram_bytes() == 4 << 30
+    assert devices.available_ram_bytes() == 2 << 30
+
+
+def test_ram_that_cannot_be_had_leaves_masters_where_they_are(sim, tmp_path, monkeypatch):
+    model = sm.build(6, file=tmp_path / "model.gguf")
+    expected = sm.reference(model)
+
+    def refused(*_args, **_kwargs):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")  # Windows: its commit limit
+
+    monkeypatch.setattr(HostBuffer, "__new__", refused)
+    with pytest.raises(MemoryError, match="no 1 MB of RAM left"):
+        HostBuffer.of(1 << 20)
+    for location in ("shared", "cpu"):
+        with attached(model, device=GPU, location=location, budget_bytes=0, **F32) as attachment:
+            packed = {layer.home.kind for layer in attachment.layers if layer.name.startswith("blocks")}
+            assert packed == {"disk"}
+            assert any("of RAM left" in text for text in sm.messages())
+            for _ in range(2):
+                assert torch.equal(sm.run(model, GPU), expected)
+
+
+def test_a_page_lock_budget_larger_than_what_is_left_of_ram_leaves_some_in_the_file(
+    sim, tmp_path, monkeypatch
+):
+    model = sm.build(6, file=tmp_path / "model.gguf")
+    expected = sm.reference(model)
+    monkeypatch.setattr(homes, "available_ram_bytes", lambda: homes.RAM_RESERVE_BYTES + 900_000)
+    with attached(
+        model, device=GPU, location="shared", budget_bytes=0, pin_budget_bytes=1 << 30, **F32
+    ) as attachment:
+        packed = [layer for layer in attachment.layers if layer.name.startswith("blocks")]
+        assert {layer.home.kind for layer in packed} == {"shared", "disk"}
+        assert sum(layer.payload_bytes for layer in packed if layer.home.kind == "shared") <= 900_000
+        for _ in range(2):
+            assert torch.equal(sm.run(model, GPU), expected)
+
+
+def test_staging_of_torchs_allocator_is_counted_as_long_as_it_is_there(sim, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices.Device, "can_register", property(lambda _self: False))
+    monkeypatch.setattr(copier, "STAGING_BUFFER_BYTES", 64 << 10)
+    model = sm.build(file=tmp_path / "model.gguf")
+    with attached(model, device=GPU, location="cpu", budget_bytes=0, **F32) as attachment:
+        budget, staging = attachment.state.pin_budget, copier.staging_buffers() * (64 << 10)
+        assert attachment.state.copier.staging_locked_bytes == staging
+        assert budget.used_bytes == staging
+    assert budget.used_bytes == 0
+
+
 def test_the_automatic_page_lock_budget_counts_what_is_locked_already(sim, monkeypatch):
     gb = 1 << 30
     ram = {"total": 64 * gb, "available": 50 * gb}

@@ -92,6 +92,35 @@ def test_another_conditioning_is_computed(setup, what):
     assert equal(computed, other(fresh))
 
 
+def test_what_the_host_adds_to_a_weight_is_part_of_the_key(setup):
+    model = setup()
+    added = {}
+    model.attachment.idle.added = added.get
+    module = next(iter(model.attachment.idle.kept.layers)).module()
+    model.image()
+    assert model.fetched(lambda: model.image()) == DEPENDENT | INDEPENDENT  # its first step
+    assert model.fetched(lambda: model.image()) == INDEPENDENT
+    for strength in (0.5, 0.7):
+        added[module] = ("a LoRA", strength)  # in place: nobody is told
+        assert model.fetched(lambda: model.image()) == DEPENDENT | INDEPENDENT
+    model.image()
+    assert model.fetched(lambda: model.image()) == INDEPENDENT
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError("DefaultCPUAllocator: not enough memory")])
+def test_without_memory_for_what_would_be_kept_the_step_is_none_the_worse(setup, monkeypatch, error):
+    model = setup()
+    expected = model.image()
+    model.attachment.idle.kept.clear()
+
+    def fails(*_args):
+        raise error
+
+    monkeypatch.setattr(model.attachment.idle.kept, "_store", fails)
+    assert equal(model.image(), expected)
+    assert equal(model.image(), expected)
+
+
 def test_prompts_that_take_turns_are_both_served(setup):
     model = setup()
     other = model.pooled * 2

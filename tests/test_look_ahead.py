@@ -211,6 +211,20 @@ def test_what_was_stored_ahead_and_is_still_to_come_stays(setup):
     assert kept.nbytes == len(kept._kept) * kept._step_bytes <= kept._limit_bytes
 
 
+def test_what_was_stored_ahead_of_a_run_that_was_broken_off_makes_room(setup):
+    model = warmed(setup)
+    kept, prompts = model.attachment.idle.kept, [model.prompt(number) for number in range(1, 4)]
+    kept._limit_bytes = (len(TIMES) + 1) * kept._step_bytes
+    for prompt in prompts[:2]:
+        model.attachment.run.begin(len(TIMES))
+        model.step(TIMES[0], **prompt)  # and no further
+    assert any(one.asked > kept._asked for one in kept._kept.values())
+    model.attachment.run.begin(len(TIMES))
+    model.step(TIMES[0], **prompts[2])
+    to_come = [one for one in kept._kept.values() if one.asked > kept._asked]
+    assert len(to_come) == len(TIMES) - 1, "of this run, all of them"
+
+
 @pytest.mark.parametrize("what", ["memory", "room"])
 def test_what_does_not_work_in_a_run_is_not_tried_again_in_it(setup, monkeypatch, what):
     model = warmed(setup)
@@ -327,6 +341,13 @@ def test_what_was_told_for_one_run_is_forgotten_with_it(setup):
     assert run.times is not None
     run.progress(1, 4)
     assert run.times is None
+    # A run that was broken off in its first step, and another one.
+    run.times, number = torch.tensor(TIMES), run.number
+    run.progress(1, 4)
+    assert run.times is not None, "a sampler may call the network twice a step"
+    run.progress(1, 3)
+    assert run.times is None
+    assert run.number == number + 1
 
 
 @pytest.mark.parametrize("what", ["no length", "one step", "another length", "does not pay", "no least"])

@@ -7,7 +7,7 @@ LoRA.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -118,6 +118,7 @@ def attachment_for(patcher: Any) -> Attachment:
             conditioning=_conditioning(model),
         )
         attachment.modules.keep_outputs(attachment)
+        attachment.idle.added = _online_loras
         _attachments[model] = attachment
         positions.copy_crop_once(attachment)
         for layer in attachment.layers:
@@ -168,6 +169,15 @@ def _roots(model: torch.nn.Module) -> list[torch.nn.Module]:
         return halves
     # A text encoder is a dictionary of encoders, each a wrapper around the network that is called.
     return [getattr(child, "transformer", child) for child in model.children()] or [model]
+
+
+def _online_loras(module: torch.nn.Module) -> Hashable:
+    """The LoRAs that Forge's forward adds, with their strengths: other extensions change these in place."""
+    return tuple(
+        (name, id(patch[1]), *map(str, (patch[0], patch[2])))
+        for name, patches in getattr(module, "forge_online_loras", {}).items()
+        for patch in patches
+    )
 
 
 def _conditioning(model: torch.nn.Module) -> Conditioning | None:
@@ -239,6 +249,11 @@ def refuse(model: torch.nn.Module) -> None:
     if attachment is not None:
         release(attachment, model)
     _refused.add(model)
+
+
+def refusal(model: torch.nn.Module) -> str | None:
+    """Why Forge has this model; None: it has not been refused."""
+    return "QSwap could not serve it" if model in _refused else None
 
 
 def release_all() -> None:

@@ -259,11 +259,13 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
     available = _free_bytes(device) - inference_bytes
     if attachment is None:
         is_bnb = bnb.is_bnb(patcher.model)
-        if need <= available:
+        # The user's limit is one for models that would fit as well, and so is Never OOM.
+        if need <= available and mm.module_size(patcher.model) <= _limited(sys.maxsize):
             packed = "is computed by bitsandbytes" if is_bnb else "has no packed weights"
             _leave_to_host(patcher, loaded, keep, f"fits whole and {packed}")
             return
-        if is_bnb and (reason := bnb.refusal(patcher)):
+        reason = managed.refusal(patcher.model) or (bnb.refusal(patcher) if is_bnb else None)
+        if reason:
             _leave_to_host(patcher, loaded, keep, reason, int(max(0, available)))
             return
         if loaded is not None:  # It was whole on the device, and this pass needs the room.
@@ -271,7 +273,11 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
             keep.remove(loaded)
             loaded.model_unload()
             loaded = None
-            available = _free_bytes(device) - inference_bytes
+        if mm.module_size(patcher.model) > mm.module_size(patcher.model, exclude_device=device):
+            # It is still there: in the name of a patcher that this one was cloned from.
+            patcher.forge_unpatch_model(torch.device("cpu"))
+            mm.soft_empty_cache()
+        available = _free_bytes(device) - inference_bytes
         if is_bnb and (reason := _taking_over_fails(patcher)):
             _leave_to_host(patcher, None, keep, reason, int(max(0, available)))
             return

@@ -7,6 +7,7 @@ the same accident is an exception; the map only gives tensors an address that ta
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import stat
@@ -109,13 +110,26 @@ class MappedFile:
         if hasattr(os, "preadv"):
             return os.preadv(self._fd, [buffer], offset)
         # Windows: no positioned read, so that each thread needs a file position of its own.
-        handle = getattr(self._handles, "file", None)
-        if handle is None:
-            handle = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed with its thread)
-            self._compare(os.fstat(handle.fileno()))
-            self._handles.file = handle
-        handle.seek(offset)
-        return handle.readinto(buffer)
+        kept = getattr(self._handles, "file", None)
+        try:
+            return _read_from(kept or self._open_handle(), offset, buffer)
+        except OSError:
+            if kept is None:
+                raise
+        # A network drive that was gone for a while is back, but what was open on it is not.
+        self._handles.file = None
+        return _read_from(self._open_handle(), offset, buffer)
+
+    def _open_handle(self) -> io.FileIO:
+        handle = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed with its thread)
+        self._compare(os.fstat(handle.fileno()))
+        self._handles.file = handle
+        return handle
+
+
+def _read_from(handle: io.FileIO, offset: int, buffer: memoryview) -> int:
+    handle.seek(offset)
+    return handle.readinto(buffer)
 
 
 class FileSlice(NamedTuple):

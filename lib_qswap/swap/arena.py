@@ -41,11 +41,18 @@ class HostBuffer(mmap.mmap):
 
     @classmethod
     def of(cls, nbytes: int) -> HostBuffer:
-        """`nbytes` of zeros."""
-        if sys.platform == "win32":
-            return cls(-1, nbytes)
-        # Not shared, the default: such pages are a file's, and are swapped out and counted as one's.
-        buffer = cls(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        """`nbytes` of zeros.
+
+        Raises:
+            MemoryError: the system has not that much. (Windows counts what is promised, with its page file.)
+        """
+        try:
+            if sys.platform == "win32":
+                return cls(-1, nbytes)
+            # Not shared, the default: such pages are a file's, and are swapped out and counted as one's.
+            buffer = cls(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"the system has no {nbytes / 2**20:.0f} MB of RAM left") from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # A kernel without them.
                 buffer.madvise(mmap.MADV_HUGEPAGE)
@@ -105,7 +112,8 @@ def fill_arena(layers: Sequence[Layer], device: Device, pin_budget: PinBudget | 
     """Copies the masters of `layers` into RAM of the exact size, page-locked if a budget is given, and makes
     it their home.
 
-    Returns None, or why some of it could not be page-locked (it is ordinary RAM then).
+    Returns None, or why some of it could not be page-locked (it is ordinary RAM then), or had (it stays
+    where it is).
     """
     registers = pin_budget is not None and device.can_register
     groups = _dealt(layers) if registers else _chunks(layers)
@@ -115,7 +123,13 @@ def fill_arena(layers: Sequence[Layer], device: Device, pin_budget: PinBudget | 
         for i in range(0, len(groups), FILL_THREADS):
             arenas = []
             for group in groups[i : i + FILL_THREADS]:
-                owner, memory, reason = _allocate(bytes_of(group), device, None if registers else pin_budget)
+                try:
+                    owner, memory, reason = _allocate(
+                        bytes_of(group), device, None if registers else pin_budget
+                    )
+                except MemoryError as error:
+                    refused = str(error)
+                    continue
                 arenas.append((group, owner, memory))
                 refused = reason or refused
             for _ in threads.map(lambda arena: _fill(arena[0], arena[2]), arenas):

@@ -81,6 +81,7 @@ class Copier:
         self.staging_locked_bytes = 0
         self.reader = Reader()
         self._staging_memory: torch.Tensor | None = None
+        self._staging_block: PinnedBlock | None = None
         self._spare_events: list[Events] = []
         self._staging: list[tuple[torch.Tensor, Any]] = []
         self._next_staging = 0
@@ -122,7 +123,7 @@ class Copier:
             self.reader.close()
             for _, free in self._staging:
                 free.synchronize()
-            self._staging, self._staging_memory = [], None
+            self._staging, self._staging_memory, self._staging_block = [], None, None
             self.staging_locked_bytes = 0
 
     def _staging_buffer_bytes(self) -> int:
@@ -146,7 +147,8 @@ class Copier:
                         if reason:
                             _report_pageable(reason)
                     else:
-                        memory = PinnedBlock(self._device, self._pin_budget, nbytes).tensor
+                        self._staging_block = PinnedBlock(self._device, self._pin_budget, nbytes)
+                        memory = self._staging_block.tensor
                 except (RuntimeError, MemoryError) as error:
                     _report_pageable(str(error))
             if memory is None:

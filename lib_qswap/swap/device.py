@@ -276,8 +276,12 @@ def _meminfo(field: str) -> int:
         for line in lines:
             if line.startswith(field + ":"):
                 return int(line.split()[1]) * 1024
-    pages = os.sysconf("SC_PHYS_PAGES" if field == "MemTotal" else "SC_AVPHYS_PAGES")
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if field == "MemTotal":
+        return total
+    with contextlib.suppress(ValueError, OSError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total // 2  # macOS does not say.
 
 
 def _cgroup(name: str, field: str | None = None) -> int:

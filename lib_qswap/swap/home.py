@@ -190,6 +190,13 @@ def choose_homes(
         disk = [layer for layer in out if has_file(layer)]
         gone = {id(layer) for layer in disk}
         cpu = [layer for layer in rest if id(layer) not in gone]
+        # A page-lock budget says nothing of what is left: locking it, too, would take it from everybody.
+        if (still := need - bytes_of(disk) - room) > 0:
+            movable = [layer for layer in shared if _new_ram_bytes(layer) and has_file(layer)]
+            _, out = _share(movable, max(0, bytes_of(movable) - still))
+            gone = {id(layer) for layer in out}
+            shared = [layer for layer in shared if id(layer) not in gone]
+            disk += out
         if disk:
             reasons.append(f"{_mb(disk)} MB do not fit into RAM and are read from the file")
     return Placement(shared, cpu, disk, "; ".join(reasons) or None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,8 @@ class IdleLayers(AttachmentPart):
         kept: the outputs of those.
         ahead: what computes them before their steps.
         allowed: whether the user wants any to be kept.
+        added: what the host adds to a module's weight at the moment, for the key; None: nothing that it does
+            not say.
         layers: those that are idle now.
         spared_bytes: what fewer bytes travel in a step than with them; before another plan is made, what they
             swapped themselves.
@@ -35,6 +37,8 @@ class IdleLayers(AttachmentPart):
         super().__init__(model)
         self.conditioning = conditioning
         self.allowed = True
+        self.added: Callable[[torch.nn.Module], Hashable] | None = None
+        self._run_number = 0
         self.layers: frozenset[Layer] = frozenset()
         self._swapped_before = 0
         covered = [layer for layer in model.layers if conditioning is not None and conditioning.covers(layer)]
@@ -57,13 +61,22 @@ class IdleLayers(AttachmentPart):
             or all(layer.resident is not None for layer in model.layers)
         ):
             return None
-        return self.conditioning.asked(root, args, kwargs, model.device.device)
+        asked = self.conditioning.asked(root, args, kwargs, model.device.device)
+        if asked is None or self.added is None:
+            return asked
+        modules = {layer.name: layer.module() for layer in self.kept.layers}
+        added = {name: self.added(module) for name, module in modules.items() if module is not None}
+        rest = asked.key.rest, frozenset((name, one) for name, one in added.items() if one)
+        return asked._replace(key=asked.key._replace(rest=rest))
 
     def before_step(self, work: Work, asked: Asked | None) -> None:
         """A forward begins; what follows from its conditioning happens to the model's order and plan."""
         model = self._model
         # Before they are measured, all layers have to run.
         measured = model.adaptation.profile.has_measured(work) or not model.device.has_clock
+        if self._run_number != model.run.number:
+            self._run_number = model.run.number
+            self.kept.begin_run()
         if asked is not None:
             self.ahead.note(asked)
             if measured:

@@ -80,6 +80,11 @@ class KeptOutputs:
         self._serving: _Kept | None = None
         self._served: dict[Layer, torch.Tensor] = {}
 
+    def begin_run(self) -> None:
+        """What was stored ahead for a run before, which may have been broken off, is to come no more."""
+        for kept in self._kept.values():
+            kept.asked = min(kept.asked, self._asked)
+
     def begin(self, key: Hashable, *, may_serve: bool = True) -> bool:
         """A step begins, of the conditioning `key` (None: not known). Returns whether it is served what was
         kept, and does without `layers`.
@@ -178,8 +183,9 @@ class KeptOutputs:
     def end(self) -> None:
         """The step is over: what it has computed is kept, if that was all."""
         if self._key is not None and self._outputs.keys() == self.layers:
-            # Without memory for it, the next image computes it again.
-            with contextlib.suppress(torch.cuda.OutOfMemoryError, MemoryError):
+            # Without memory for it, the next image computes it again. (Without RAM torch raises no more than
+            # this.)
+            with contextlib.suppress(RuntimeError, MemoryError):
                 self._store(self._key, self._outputs)
         self.abandon()
 

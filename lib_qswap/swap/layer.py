@@ -50,8 +50,11 @@ class Part:
         """The part that `tensor` (a parameter on the CPU) makes at `offset_bytes`.
 
         Raises:
-            ValueError: the tensor's elements do not lie in order, so that its bytes alone do not describe it.
+            ValueError: the tensor is on a device, or its elements do not lie in order, so that its bytes
+                alone do not describe it.
         """
+        if tensor.device.type not in ("cpu", "meta"):
+            raise ValueError(f"{name} is on {tensor.device}: weights are swapped from RAM, so move it there")
         tensor = tensor.detach()
         if isinstance(tensor, PackedTensor):
             # Bytes that are in a file: a copy of them, from an earlier home, is not held on to.

@@ -374,7 +374,13 @@ class Attachment:
         use_file(to_file)
         for owner, inside in whole_arenas(to_copy, self.layers):
             unlock_in_place(owner, inside)
-        fill_arena([layer for layer in to_copy if layer.home.kind != "cpu"], self.device, None)
+        lacking = fill_arena([layer for layer in to_copy if layer.home.kind != "cpu"], self.device, None)
+        if lacking:
+            ledger.message(
+                f"{self.name}: {lacking}; what found no place stays where it is. Close other programs, or "
+                "choose Disk.",
+                "warning",
+            )
         self._bind_masters([*to_copy, *to_file])
         refused = None
         if self.device.can_register:
@@ -389,8 +395,8 @@ class Attachment:
             if refused != BUDGET_USED_UP:
                 budget.limit_bytes = budget.used_bytes  # Asking again, and copying for it, would be in vain.
             ledger.message(
-                f"{self.name}: {refused}; what could not be page-locked is read from ordinary RAM. "
-                "Lower the page-lock budget, or choose CPU.",
+                f"{self.name}: {refused}; what could not be page-locked is read from ordinary RAM, or from "
+                "the file. Lower the page-lock budget, or choose CPU.",
                 "warning",
             )
 

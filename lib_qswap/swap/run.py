@@ -32,7 +32,8 @@ class Run:
 
     def progress(self, step: int, of: int) -> None:
         """The host counts the steps itself: number `step` (from 1) of `of` begins, one forward or more."""
-        if not self._host_counts or step < self.index:
+        # One that was broken off in its first step is told by its number of steps.
+        if not self._host_counts or step < self.index or (step == 1 and of != self.steps):
             self.number += 1
             self.times = None
         self.steps, self.index, self._host_counts = of, step, True
