@@ -138,7 +138,8 @@
             if (target !== undefined) {
                 event.preventDefault();
                 this.read(Math.min(last, Math.max(0, target)));
-            } else if (event.key === "Escape") {
+            } else if (event.key === "Escape" && this.tooltip.anchor) {
+                event.stopPropagation(); // Forge takes it for "Interrupt".
                 this.tooltip.hide();
             }
         }

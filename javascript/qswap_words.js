@@ -138,10 +138,13 @@
         const share = stayingShare(model);
         const travels = model.bytes && model.bytes.swapped_per_step;
         const stall = stallShare(model);
-        if (share === 1 || travels === 0) {
+        if (share === 1) {
             return { tone: "good", text: `All of ${model.name} is on the ${device}. Nothing travels.` };
         }
         let text = `${percent(share)} of ${model.name} stays on the ${device}`;
+        if (travels === 0) {
+            return { tone: "good", text: `${text}. Nothing travels: what the rest gives is kept.` };
+        }
         if (isNumber(travels)) {
             text += `, ${bytes(travels)} travel in each step`;
         }

@@ -332,6 +332,13 @@ def client(forge, app=None):
     return TestClient(app)
 
 
+def test_without_a_page_the_api_knows_the_options_too(forge):
+    forge.load_scripts()  # and nobody asks for what belongs on the Settings tab
+    assert client(forge).post("/qswap/v1/settings", json={"qswap_location": "Disk"}).status_code == 200
+    assert forge.shared.opts.data["qswap_location"] == "Disk"
+    assert "qswap_location" in forge.shared.opts.data_labels
+
+
 def test_residency_tells_the_family_the_switch_and_the_settings(loaded):
     found = client(loaded).get(RESIDENCY).json()
     assert found["enabled"] is True

@@ -188,6 +188,11 @@ def test_the_first_line_says_what_is_on_the_gpu_what_travels_and_whether_it_stal
     host._main_model = lambda now: {**main(now), "step": {"seconds": 2.0, "stall_s": 0.5, "compute_s": 1.5}}
     expect(page.locator(".qswap-verdict")).to_have_text(re.compile("the GPU waits for them 25 % of the time"))
     expect(page.locator(".qswap-model[open] .qswap-figure-stall")).to_have_class(re.compile("qswap-bad"))
+    changed = host._main_model
+    host._main_model = lambda now: {**(one := changed(now)), "bytes": {**one["bytes"], "swapped_per_step": 0}}
+    expect(page.locator(".qswap-verdict")).to_have_text(
+        re.compile(r"^6\d % of KModel stays on the GPU\. Nothing travels: what the rest gives is kept\.$")
+    )
 
 
 def test_the_first_line_is_of_the_model_that_ran_last(serve, host, page):
@@ -268,8 +273,12 @@ def test_the_strip_is_read_with_the_keyboard(serve, host, page):
     page.keyboard.press("End")
     expect(page.locator(".qswap-tooltip-name")).to_have_text("single_blocks.37.linear2")
     expect(page.locator(CELLS).nth(303)).to_have_attribute("data-cursor", "")
+    page.evaluate("() => addEventListener('keydown', (event) => (window.pressed = event.key))")
     page.keyboard.press("Escape")
     expect(page.locator(".qswap-tooltip")).to_be_hidden()
+    assert page.evaluate("() => window.pressed") is None, "Forge would interrupt the generation"
+    page.keyboard.press("Escape")
+    assert page.evaluate("() => window.pressed") == "Escape"
 
 
 def test_the_table_has_the_same_layers_and_stays_current(serve, host, page):

@@ -17,6 +17,7 @@ def register() -> None:
     script_callbacks.on_ui_settings(notices.fails_soft(None)(settings.register))
     script_callbacks.on_after_component(controls.watch_component)
     script_callbacks.on_before_ui(grid.add_axes)
+    script_callbacks.on_app_started(_register_without_page)
     script_callbacks.on_app_started(_add_panel_routes)
     script_callbacks.on_model_loaded(_attach_engine)
     script_callbacks.on_cfg_denoiser(_note_progress)
@@ -62,6 +63,13 @@ def _panel_html(element_id: str) -> str:
 
     subpath = (getattr(shared.cmd_opts, "subpath", None) or "").strip("/")
     return mount_html(element_id, base=f"/{subpath}" if subpath else "", hz=settings.current().panel_hz)
+
+
+@notices.fails_soft(None)
+def _register_without_page(demo: Any, _app: Any) -> None:
+    """With --nowebui nobody makes the Settings tab, and the API refuses options that are not in it."""
+    if demo is None:
+        settings.register()
 
 
 @notices.fails_soft(None)
