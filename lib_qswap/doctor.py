@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import platform
 import sys
@@ -91,7 +92,14 @@ def _inspect_webui(webui: Path) -> dict[str, Any]:
 def _version_of(package: str) -> str | None:
     from importlib import metadata
 
-    return metadata.version(package) if importlib.util.find_spec(package) else None
+    if not importlib.util.find_spec(package):
+        return None
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    # Triton comes as triton-windows, or as PyTorch's own build for other makers' GPUs.
+    for name in metadata.packages_distributions().get(package, ()):
+        return f"{metadata.version(name)} ({name})"
+    return "of unknown version"
 
 
 def _accelerators() -> list[torch.device]:

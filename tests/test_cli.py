@@ -306,6 +306,25 @@ def test_doctor_tells_the_facts_of_this_machine(capsys):
     assert torch.__version__ in qswap(capsys, "doctor")[1]
 
 
+def test_doctor_knows_triton_by_the_names_that_it_is_installed_under(monkeypatch):
+    from importlib import metadata, util
+
+    from lib_qswap import doctor
+
+    versions = {"triton-windows": "3.4.0"}
+
+    def version(name):
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(util, "find_spec", lambda name: object())
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {"triton": ["triton-windows"]})
+    assert doctor._version_of("triton") == "3.4.0 (triton-windows)"
+    assert doctor._version_of("another") == "of unknown version"
+
+
 def test_doctor_ends_with_1_for_a_web_ui_that_is_not_supported(tmp_path, capsys):
     (tmp_path / "modules").mkdir()
     code, out, _ = qswap(capsys, "doctor", "--webui", tmp_path, "--json")

@@ -218,6 +218,24 @@ def test_the_summary_adds_up(host):
     }
 
 
+def test_settings_that_cannot_be_had_leave_the_page_as_it_was(host, monkeypatch):
+    _, before = host.generate()
+    attach, failures = host._attach, [ValueError("the file is damaged")]
+
+    def fails_once():
+        if failures:
+            raise failures.pop()
+        attach()
+
+    monkeypatch.setattr(host, "_attach", fails_once)
+    settings = host.settings
+    with pytest.raises(ValueError, match="damaged"):
+        host.use(replace(settings, location="disk" if settings.location != "disk" else "cpu"))
+    assert host.settings == settings
+    _, after = host.generate()
+    assert after.output_sha256 == before.output_sha256
+
+
 def test_unloading_leaves_no_weights_on_the_device_and_the_next_generation_brings_them_back(host):
     _, before = host.generate()
     assert host.unload() == 0

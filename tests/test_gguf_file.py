@@ -29,6 +29,7 @@ from gguf_writer import (
     gguf_bytes,
 )
 
+from lib_qswap.quant import iq_grids
 from lib_qswap.quant.gguf_file import FileSlice, GGUFError, MappedFile, open_gguf
 from lib_qswap.quant.inspect import format_report, inspect_file
 from lib_qswap.quant.packed import PackedTensor
@@ -80,6 +81,24 @@ def test_tensors_come_with_name_type_shape_and_the_bytes_of_the_file(write, vers
     for name, tensor in file.items():
         assert tensor.packed.numpy().tobytes() == data[name]
         assert path.read_bytes()[tensor.source.offset :][: tensor.source.nbytes] == data[name]
+
+
+def test_a_default_device_is_of_no_account(write):
+    packed, plain = Tensor("a", (4, 256), "Q4_K", noise(4 * 144)), Tensor("b", (32,), "F32", noise(32 * 4))
+    file = open_gguf(write(gguf_bytes([packed, plain])))
+
+    def both():
+        return file["a"].dequantize(torch.float32), file["b"]
+
+    usual = both()
+    iq_grids.grid_rows.cache_clear()
+    with torch.device("meta"):
+        found = both()
+        table = iq_grids.grid_rows(iq_grids.IQ2_XXS, torch.device("cpu"), torch.int64)
+    assert table.device.type == "cpu"
+    for one, other in zip(usual, found, strict=True):
+        assert other.device.type == "cpu"
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def test_an_unknown_name_is_a_key_error(write):

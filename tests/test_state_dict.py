@@ -145,6 +145,13 @@ def with_json(**changes) -> dict[str, torch.Tensor]:
             {"a.weight": torch.zeros(4, 8).to(torch.float8_e5m2), "a.scale_weight": torch.tensor(torch.nan)},
             "is not one number",
         ),
+        (
+            {
+                "a.weight": torch.zeros(4, 8).to(torch.float8_e4m3fn),
+                "a.weight_scale_inv": torch.ones(1, 1),
+            },
+            "weight_scale_inv",
+        ),
     ],
 )
 def test_what_cannot_be_unpacked_is_named_with_the_reason(tensors, says):

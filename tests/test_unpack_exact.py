@@ -44,6 +44,11 @@ def reference(format, blocks: np.ndarray) -> torch.Tensor:
     if format.name == "Q1_0":
         bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(np.float32)
         return torch.from_numpy((2 * bits - 1) * blocks[:, :2].copy().view(np.float16).astype(np.float32))
+    if format.name == "Q2_0":
+        q = (blocks[:, 2:, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3).reshape(count, 64)
+        return torch.from_numpy(
+            (q.astype(np.float32) - 1) * blocks[:, :2].copy().view(np.float16).astype(np.float32)
+        )
     if format.name == "Q8_K":
         q = blocks[:, 4:260].view(np.int8).astype(np.float32)
         return torch.from_numpy(q * blocks[:, :4].copy().view(np.float32))

@@ -49,7 +49,9 @@ def pack_blocks(
     """
     if quant_type not in _VALUES:
         raise ValueError(f"the quantization type is {quant_type!r}; nf4 and fp4 are known")
-    if quant_map.shape != (16,) or (quant_map.cpu() != torch.tensor(_VALUES[quant_type])).any():
+    if quant_map.shape != (16,) or not torch.equal(
+        quant_map.cpu().float(), torch.tensor(_VALUES[quant_type], dtype=torch.float32, device="cpu")
+    ):
         raise ValueError(f"its quant_map is not that of {quant_type}")
     if dtype not in _DTYPES.values():
         raise ValueError(f"its dtype is {dtype}; fp16, bf16 and fp32 are known")
@@ -65,7 +67,7 @@ def pack_blocks(
             f" not {data.numel()} and {absmax.numel()}"
         )
     scales = absmax.cpu().float().view(-1, 1).expand(-1, blocksize // BLOCK_ELEMENTS)
-    blocks = torch.empty((elements // BLOCK_ELEMENTS, 36), dtype=torch.uint8)
+    blocks = torch.empty((elements // BLOCK_ELEMENTS, 36), dtype=torch.uint8, device="cpu")
     blocks.view(torch.float32)[:, 0] = scales.reshape(-1)[: len(blocks)]
     blocks[:, 4:] = data.view(-1, BLOCK_ELEMENTS // 2)
     return PackedTensor(blocks, FORMATS[f"BNB_{quant_type.upper()}"], shape, dtype)

@@ -77,6 +77,7 @@ _ROWS = (
     # say which it means, so nothing unpacks it.
     Format("Q8_1", 9, 32, 40),
     Format("Q1_0", 41, 128, 18, unpack=unpack_legacy.unpack_q1_0),
+    Format("Q2_0", 42, 64, 18, unpack=unpack_legacy.unpack_q2_0),
     Format("Q2_K", 10, 256, 84, unpack=unpack_k.unpack_q2_k, unpack_like_forge=unpack_k.unpack_q2_k),
     Format("Q3_K", 11, 256, 110, unpack=unpack_k.unpack_q3_k, unpack_like_forge=unpack_k.unpack_q3_k),
     Format("Q4_K", 12, 256, 144, unpack=unpack_k.unpack_q4_k, unpack_like_forge=unpack_k.unpack_q4_k),

@@ -109,7 +109,7 @@ def _is_copied(info: TensorInfo) -> bool:
 
 
 def _copied(source: FileSlice) -> Tensor:
-    packed = torch.empty(source.nbytes, dtype=torch.uint8)
+    packed = torch.empty(source.nbytes, dtype=torch.uint8, device="cpu")  # whatever device is the default
     source.read_into(packed)
     return packed
 

@@ -161,6 +161,9 @@ def stored_rows(grid: Grid, device: torch.device) -> Tensor:
 @lru_cache(maxsize=64)
 def grid_rows(grid: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The table on a device: the entries of a row as the signed bytes of one int64 (8) or int32 (4)."""
-    rows = stored_rows(grid, torch.device("cpu")).int()[:, None] >> torch.arange(grid.width) * grid.bits
+    rows = stored_rows(grid, torch.device("cpu")).int()[:, None]
+    rows = rows >> torch.arange(grid.width, device="cpu") * grid.bits
     positions = rows.bitwise_and_((1 << grid.bits) - 1)
-    return torch.tensor(grid.values, dtype=torch.int8)[positions].view(dtype).view(-1).to(device)
+    return (
+        torch.tensor(grid.values, dtype=torch.int8, device="cpu")[positions].view(dtype).view(-1).to(device)
+    )

@@ -214,15 +214,20 @@ def _kernel(format: Format, device: torch.device) -> Any:
         return None
 
 
-@lru_cache(maxsize=64)
 def load(format: Format) -> Any:
     """The `unpack_triton.Kernel` of a type, beside the function that unpacks it with torch: `Q4_K` of
     `unpack_triton_k` for one of `unpack_k`. None where there is none. Imports Triton."""
     kind = "" if format.unpack is None else format.unpack.__module__.rpartition(".unpack_")[2]
+    return _load(kind, format.name)
+
+
+@lru_cache(maxsize=256)
+def _load(kind: str, name: str) -> Any:
+    # Not by the format: of FP8 each scale is one.
     module = f"{__package__}.unpack_triton_{kind}"
     if importlib.util.find_spec(module) is None:
         return None
-    return getattr(importlib.import_module(module), format.name, None)
+    return getattr(importlib.import_module(module), name, None)
 
 
 def _give_up(what: str, device_type: str, error: Exception) -> None:

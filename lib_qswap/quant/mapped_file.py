@@ -153,7 +153,7 @@ class FileSlice(NamedTuple):
 
         Raises what `read_into` raises.
         """
-        buffer = torch.empty(min(piece_bytes, self.nbytes), dtype=torch.uint8)
+        buffer = torch.empty(min(piece_bytes, self.nbytes), dtype=torch.uint8, device="cpu")
         for start in range(0, self.nbytes, piece_bytes):
             piece = buffer[: self.nbytes - start]
             self.read_into(piece, start)

@@ -82,6 +82,10 @@ def _describes_another(
 
 def _scale(tensors: Mapping[str, Tensor], name: str) -> float:
     """What the FP8 tensor `name` is to be multiplied by."""
+    if f"{name}_scale_inv" in tensors:
+        raise ValueError(
+            "its scales, in weight_scale_inv, are of blocks of it: QSwap knows one for the whole"
+        )
     for field in _SCALES:
         scale = tensors.get(name.removesuffix("weight") + field) if name.endswith("weight") else None
         if scale is not None:

@@ -1,4 +1,4 @@
-"""The types with one scale for each block: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q1_0.
+"""The types with one scale for each block: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q1_0 and Q2_0.
 
 What holds for every `unpack_*` function of this package: blocks is uint8 (n, block_bytes), contiguous, 8-byte
 aligned, n a multiple of `BLOCK_GRANULE`. The values go into out (n, block_elements), each rounded once to
@@ -92,3 +92,10 @@ def unpack_q1_0(blocks: Tensor, out: Tensor) -> None:
     bits = constant(blocks.device, torch.uint8, 1, 2, 4, 8, 16, 32, 64, 128)
     signs = (blocks[:, 2:, None] & bits).ne(0).float().mul_(2).sub_(1)
     torch.mul(signs.flatten(1), half_scale(blocks, 0), out=out)
+
+
+def unpack_q2_0(blocks: Tensor, out: Tensor) -> None:
+    """fp16 d, 16 bytes of four 2-bit numbers, lowest first; d * (q - 1)."""
+    shifts = constant(blocks.device, torch.uint8, 0, 2, 4, 6)
+    q = (blocks[:, 2:, None] >> shifts).bitwise_and_(3).float().sub_(1)
+    torch.mul(q.flatten(1), half_scale(blocks, 0), out=out)

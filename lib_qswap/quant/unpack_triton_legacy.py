@@ -1,4 +1,7 @@
-"""Triton's Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q1_0. Layouts: `unpack_legacy`; arguments: `unpack_triton`."""
+"""Triton's Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q1_0 and Q2_0.
+
+Layouts: `unpack_legacy`; arguments: `unpack_triton`.
+"""
 
 from __future__ import annotations
 
@@ -64,3 +67,11 @@ def Q1_0(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
     bits = tl.load(packed + (blocks * 18)[:, None] + 2 + tl.arange(0, 16)[None, :]).to(tl.int32)
     bits = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     return tl.reshape(bits * 2 - 1, (TILE, 1, 128)).to(tl.float32), scale[:, None]
+
+
+@kernel(alignment=2)
+def Q2_0(packed, table, blocks, TILE: tl.constexpr, DTYPE: tl.constexpr):
+    scale = half(tl.load(packed.to(tl.pointer_type(tl.uint16)) + blocks * 9), DTYPE)
+    pairs = tl.load(packed + (blocks * 18)[:, None] + 2 + tl.arange(0, 16)[None, :]).to(tl.int32)
+    pairs = (pairs[:, :, None] >> (tl.arange(0, 4) * 2)[None, None, :]) & 3
+    return tl.reshape(pairs - 1, (TILE, 1, 64)).to(tl.float32), scale[:, None]

@@ -243,7 +243,12 @@ class StandaloneHost:
                 self._attachment.detach()
                 # The old model's masters go before the new one's come.
                 del self._attachment, self._model
-                self._attach()
+                try:
+                    self._attach()
+                except BaseException:  # As it was: else nothing would work any more.
+                    self.settings = before
+                    self._attach()
+                    raise
             elif before.budget != settings.budget:
                 self._attachment.rebalance(self._budget_bytes())
 

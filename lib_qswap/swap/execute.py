@@ -159,7 +159,7 @@ def _packed_rows(weight: PackedTensor, wanted: torch.Tensor) -> torch.Tensor:
         return weight.packed.view(weight.shape[0], -1)[wanted]
     row_bytes = weight.packed_nbytes // weight.shape[0]
     different, places = wanted.unique(return_inverse=True)
-    rows = torch.empty((different.numel(), row_bytes), dtype=torch.uint8)
+    rows = torch.empty((different.numel(), row_bytes), dtype=torch.uint8, device="cpu")
     for i, row in enumerate(different.tolist()):
         weight.source.read_into(rows[i], row * row_bytes)
     return rows[places]
