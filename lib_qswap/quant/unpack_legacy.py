@@ -96,6 +96,11 @@ def unpack_q1_0(blocks: Tensor, out: Tensor) -> None:
 
 def unpack_q2_0(blocks: Tensor, out: Tensor) -> None:
     """fp16 d, 16 bytes of four 2-bit numbers, lowest first; d * (q - 1)."""
-    shifts = constant(blocks.device, torch.uint8, 0, 2, 4, 6)
-    q = (blocks[:, 2:, None] >> shifts).bitwise_and_(3).float().sub_(1)
-    torch.mul(q.flatten(1), half_scale(blocks, 0), out=out)
+    # Each byte's numbers to the bytes of a word; what they pass on the way is masked.
+    words = blocks[:, 2:].int()
+    words.bitwise_or_(words << 12)
+    words.bitwise_or_(words << 6).bitwise_and_(0x03030303)
+    # q + 127 with the top bit flipped is q - 1.
+    words.add_(0x7F7F7F7F).bitwise_xor_(-0x7F7F7F80)
+    q = as_numbers(words, blocks.shape[0], 64, signed=True)
+    torch.mul(q, half_scale(blocks, 0), out=out)
