@@ -1,4 +1,4 @@
-"""Exact unpacking on a CPU, chunk by chunk, in buffers that are allocated once for a tensor.
+"""Exact unpacking on a CPU, chunk by chunk, in buffers that a thread keeps for its next tensor of the type.
 
 A chunk's buffers stay in the caches, and its few operations run over long rows. A chunk is first split into
 planes, the runs of numbers that the same bits of consecutive bytes hold, one plane after the other:

@@ -64,9 +64,9 @@ class IdleLayers(AttachmentPart):
         asked = self.conditioning.asked(root, args, kwargs, model.device.device)
         if asked is None or self.added is None:
             return asked
-        modules = {layer.name: layer.module() for layer in self.kept.layers}
-        added = {name: self.added(module) for name, module in modules.items() if module is not None}
-        rest = asked.key.rest, frozenset((name, one) for name, one in added.items() if one)
+        modules = ((layer.name, layer.module()) for layer in self.kept.layers)
+        added = ((name, self.added(module)) for name, module in modules if module is not None)
+        rest = asked.key.rest, frozenset(one for one in added if one[1])
         return asked._replace(key=asked.key._replace(rest=rest))
 
     def before_step(self, work: Work, asked: Asked | None) -> None:
