@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import threading
+import weakref
 from types import SimpleNamespace
 
 import forge_standin
@@ -281,6 +283,100 @@ def test_a_clone_of_a_model_that_forge_has_whole_on_the_device_is_taken_over(for
         found = clone.model.diffusion_model(torch.ones(1, 1024, device=GPU), torch.empty(1, 0))
     torch.testing.assert_close(found.cpu(), expected)
     assert attachment.device.memory_bytes()[0] >= 470 * MB
+
+
+def test_a_preprocessors_preview_meanwhile_takes_residents_between_two_steps(forge_that_loads):
+    """The page loads its model from another thread, whatever runs."""
+    forge, managed = forge_that_loads, forge_that_loads.qswap("managed")
+    memory = forge.memory_management
+    patcher, preprocessor = patcher_of(forge), plain_patcher(forge)
+    forge.shared.state.begin("task")
+    forge.qswap("settings").begin_generation({})
+    expected = one_step(forge, patcher)
+    for _ in range(2):  # What a step needs is known then.
+        assert torch.equal(one_step(forge, patcher), expected)
+    attachment = managed.attachment_of(patcher.model)
+    had = attachment.resident_bytes
+    assert had == attachment.payload_bytes
+    used = torch.empty(attachment.device.memory_bytes()[0] - 100 * MB, dtype=torch.uint8, device=GPU)
+    loaded = threading.Event()
+
+    def preview():
+        memory.load_models_gpu([preprocessor])
+        loaded.set()
+
+    threads = []
+
+    def midway(_module, _inputs):
+        if not threads:
+            threads.append(threading.Thread(target=preview, daemon=True))
+            threads[0].start()
+            assert not loaded.wait(0.3)
+
+    patcher.model.diffusion_model.layers[30].register_forward_pre_hook(midway)
+    x = torch.ones(1, 1024, device=GPU)
+    with torch.inference_mode():
+        for _ in range(3):
+            assert torch.equal(patcher.model.diffusion_model(x, torch.empty(1, 0)).cpu(), expected)
+            threads[0].join(20)
+    assert loaded.is_set()
+    assert next(preprocessor.model.parameters()).device.type == GPU
+    assert attachment.is_running
+    assert 0 < attachment.resident_bytes < had - 40 * MB
+    assert attachment.state.streamer.overflows == 0
+    # Afterwards it takes turns like any other.
+    forge.shared.state.end()
+    memory.load_models_gpu([preprocessor])
+    assert not attachment.is_running
+    del used
+
+
+@pytest.mark.parametrize("wish", ["--always-offload-from-vram", "Never OOM", None])
+def test_only_what_runs_is_on_the_device_where_the_user_wants_that(forge_that_loads, monkeypatch, wish):
+    forge, managed = forge_that_loads, forge_that_loads.qswap("managed")
+    memory = forge.memory_management
+    monkeypatch.setattr(memory, "ALWAYS_VRAM_OFFLOAD", wish == "--always-offload-from-vram")
+    if wish == "Never OOM":
+        monkeypatch.setattr(memory, "vram_state", memory.VRAMState.NO_VRAM)
+    first, second = patcher_of(forge), patcher_of(forge)
+    for patcher in (first, second, second):
+        memory.load_models_gpu([patcher])
+    assert bool(managed.attachment_of(first.model).device_bytes()) == (wish is None)
+    assert managed.attachment_of(second.model).active
+
+
+def test_residents_stay_when_the_patcher_of_an_image_is_gone(forge_that_loads):
+    """Every image with a LoRA has a clone of the checkpoint's patcher, and the next prompt loads encoders."""
+    forge, managed = forge_that_loads, forge_that_loads.qswap("managed")
+    memory, patcher, encoder = forge.memory_management, patcher_of(forge), plain_patcher(forge)
+    clone = forge.patcher_of(patcher.model.diffusion_model, torch.float32, torch.device(GPU, 0))
+    clone.model = patcher.model
+    memory.load_models_gpu([clone])
+    attachment = managed.attachment_of(patcher.model)
+    had = attachment.resident_bytes
+    assert had > 0
+    del clone
+    for _ in range(2):
+        memory.load_models_gpu([encoder])
+        assert attachment.resident_bytes == had
+        assert len(memory.current_loaded_models) == 2
+    # It makes room like any other,
+    memory.free_memory(480 * MB, torch.device(GPU, 0))
+    assert attachment.resident_bytes < had
+    memory.load_models_gpu([encoder])
+    # and goes with the checkpoint.
+    gone = weakref.ref(patcher.model)
+    del patcher
+    memory.load_models_gpu([encoder])
+    gc.collect()
+    assert gone() is None
+    assert not attachment.resident_bytes
+
+
+def one_step(forge, patcher):
+    forge.memory_management.load_models_gpu([patcher])
+    with torch.inference_mode():
+        return patcher.model.diffusion_model(torch.ones(1, 1024, device=GPU), torch.empty(1, 0)).cpu()
 
 
 @pytest.mark.parametrize("limit", ["the user's", "Never OOM"])

@@ -146,6 +146,7 @@ def test_an_image_within_a_job_does_not_switch(loaded):
     """Another extension makes its own pass in the middle of a generation, after the setting was changed."""
 
     def second_pass(p):
+        loaded.shared.state.job = "Batch 1 out of 1"
         loaded.shared.opts.set("qswap_enabled", False)
         inner = loaded.processing.StableDiffusionProcessing()
         loaded.processing.process_images(inner)
@@ -172,6 +173,21 @@ def test_another_arithmetic_forgets_the_kept_prompts_and_keeps_the_model(loaded)
     assert loaded.generate().prompt_caches_cleared == 1
     assert loaded.generate(override_settings={"qswap_arithmetic": "exact"}).prompt_caches_cleared == 1
     assert loaded.sd_models.loads == 1
+
+
+def test_another_arithmetic_within_a_job_forgets_them_too(loaded):
+    """A cell of a grid."""
+    cleared = []
+
+    def second_cell(p):
+        override = {"qswap_arithmetic": "like Forge", "qswap_compute_dtype": "bf16"}
+        inner = loaded.processing.StableDiffusionProcessing(override_settings=override)
+        loaded.processing.process_images(inner)
+        cleared.append(inner.prompt_caches_cleared)
+
+    loaded.generate(during=second_cell)
+    assert cleared == [1]
+    assert loaded.sd_models.loads == 1  # The dtype waits for the next job.
 
 
 def test_another_compute_dtype_loads_the_model_again(loaded):

@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import json
+import threading
 
 import forge_standin
 import gradio as gr
@@ -137,10 +138,29 @@ def test_a_change_during_a_generation_counts_from_the_next_one(forge, settings):
     settings.begin_generation({})
     settings.apply({"qswap_location": "Disk"})
     assert settings.in_effect().location == "auto"
+    forge.shared.state.job = "Batch 2 out of 3"  # as Forge and its scripts name parts of it
+    assert settings.in_effect().location == "auto"
     forge.shared.state.end()
     assert settings.in_effect().location == "disk"
     forge.shared.state.begin("second")
     assert settings.begin_generation({}).location == "disk"
+
+
+def test_only_another_thread_meets_a_generation_that_runs_elsewhere(forge, settings):
+    def seen_from_a_thread():
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(settings.generation_runs_elsewhere()))
+        thread.start()
+        thread.join()
+        return seen[0]
+
+    assert not seen_from_a_thread()
+    forge.shared.state.begin("first")
+    settings.begin_generation({})
+    assert seen_from_a_thread()
+    assert not settings.generation_runs_elsewhere()
+    forge.shared.state.end()
+    assert not seen_from_a_thread()
 
 
 def test_overrides_of_a_request_hold_for_its_generation_only(forge, settings):

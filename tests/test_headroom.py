@@ -116,6 +116,41 @@ def test_what_was_given_is_taken_back_before_a_work_that_was_not_measured(sim, h
         assert not messages()
 
 
+def count_changes(attachment, monkeypatch):
+    changes = []
+    fit_into = attachment.fit_into
+    monkeypatch.setattr(attachment, "fit_into", lambda nbytes: changes.append(nbytes) or fit_into(nbytes))
+    return changes
+
+
+def test_works_that_take_turns_in_every_step_do_not_move_residents_to_and_fro(hungry, expected, monkeypatch):
+    with attached(hungry, device=GPU, location="shared", budget_bytes=96 * MB) as attachment:
+        attachment.rebalance(96 * MB, spare_bytes=TOTAL)
+        changes = count_changes(attachment, monkeypatch)
+        for step in range(12):
+            if step == 4:
+                changes.clear()
+            for rows in (10, 320, 320, 320):  # tiles in batches, and the rest of them
+                assert torch.equal(run(hungry, rows), expected)
+        assert not changes
+        # A work that lasts after all gets a plan of its own.
+        for _ in range(12):
+            run(hungry, 10)
+        assert len(changes) == 1
+        assert attachment.grown_bytes > 100 * MB
+
+
+def test_a_run_that_was_broken_off_is_not_taken_for_what_its_work_lasts(hungry, monkeypatch):
+    with attached(hungry, device=GPU, location="shared", budget_bytes=96 * MB) as attachment:
+        attachment.rebalance(96 * MB, spare_bytes=TOTAL)
+        for rows, forwards in ((10, 8), (320, 8), (10, 1), (320, 8)):
+            for _ in range(forwards):
+                run(hungry, rows)
+        changes = count_changes(attachment, monkeypatch)
+        run(hungry, 10)
+        assert len(changes) == 1
+
+
 def test_memory_that_another_program_takes_is_given_back_by_residents(sim, hungry, expected, compute_mode):
     with attached(hungry, device=GPU, location="shared", budget_bytes=300 * MB) as attachment:
         assert attachment.resident_bytes == COUNT * LAYER_BYTES

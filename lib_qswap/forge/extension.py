@@ -22,7 +22,7 @@ _table: PatchTable | None = None
 _starts = 0
 _suspended: tuple[weakref.ref, str] | None = None
 """The engine that was loaded when the scripts were unloaded, and Forge's mark that it is up to date."""
-_computed_with: tuple[bool, str, str, str] | None = None
+_computed_with: tuple[bool, str, str | None, str] | None = None
 """What the last generation's text conditionings, which Forge keeps, were computed with."""
 _loaded_dtype: str | None = None
 """The computation dtype setting that the loaded models were loaded with."""
@@ -85,16 +85,17 @@ def begin_generation(processing: Any) -> settings.Settings:
     chosen = settings.begin_generation(getattr(processing, "override_settings", None) or {})
     kernels.choose(chosen.unpack_kernel)
     with _lock:
+        if _table is None:
+            return chosen
         # Images within one job (the cells of a grid, a detailer's passes) may hold on to the loaded model,
         # and so does the upscale button.
-        if _table is None or not first_of_job or getattr(processing, "txt2img_upscale", False):
-            return chosen
-        if chosen.enabled != applied():
-            _switch(chosen.enabled)
-        elif chosen.enabled and chosen.compute_dtype != _loaded_dtype:
-            _drop_models()
-        _loaded_dtype = chosen.compute_dtype
-        computed_with = (applied(), chosen.arithmetic, chosen.compute_dtype, chosen.unpack_kernel)
+        if first_of_job and not getattr(processing, "txt2img_upscale", False):
+            if chosen.enabled != applied():
+                _switch(chosen.enabled)
+            elif chosen.enabled and chosen.compute_dtype != _loaded_dtype:
+                _drop_models()
+            _loaded_dtype = chosen.compute_dtype
+        computed_with = (applied(), chosen.arithmetic, _loaded_dtype, chosen.unpack_kernel)
         if _computed_with is not None and computed_with != _computed_with:
             processing.clear_prompt_cache()
         _computed_with = computed_with

@@ -6,6 +6,7 @@ LoRA.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap import ledger
 from lib_qswap.swap.conditioning import FLUX, SD3, Conditioning
 from lib_qswap.swap.device import device_of, give_back_freed_ram, has_module
+from lib_qswap.swap.device_state import state_of
 from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.manager import Attachment
 
@@ -234,6 +236,11 @@ def release(attachment: Attachment, model: torch.nn.Module) -> None:
         if module is not None:
             _layers.pop(module, None)
     _attachments.pop(model, None)
+
+
+def turn_of(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Inside, no other thread runs a step on `device`, or places models there."""
+    return state_of(device_of(device)).turn.held()
 
 
 def rest_all_but(models: Sequence[torch.nn.Module]) -> None:

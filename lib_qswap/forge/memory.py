@@ -7,6 +7,7 @@ model without packed weights that fits whole is left to Forge's own path.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -124,16 +125,22 @@ def _make_room(need_bytes: float, device: torch.device, keep: Sequence[Any]) -> 
     others = [
         other for other in reversed(mm.current_loaded_models) if other.device == device and other not in keep
     ]
+    elsewhere = settings.generation_runs_elsewhere()
     for other in others:
         missing = need_bytes - _free_bytes(device)
         attachment = managed.attachment_of(other.model.model)
         if missing > 0 and attachment is not None and attachment.active:
-            attachment.give_up(int(missing) + 1)
+            if elsewhere and attachment.is_running:
+                attachment.adaptation.give_back(int(missing) + 1, "another model needs device memory, and")
+            else:
+                attachment.give_up(int(missing) + 1)
     for other in others:
         if _free_bytes(device) > need_bytes:
             break
         attachment = managed.attachment_of(other.model.model)
-        if attachment is not None and not attachment.device_bytes():
+        if attachment is not None and (
+            not attachment.device_bytes() or (elsewhere and attachment.is_running)
+        ):
             continue
         index = next(i for i, loaded in enumerate(mm.current_loaded_models) if loaded is other)
         ledger.log.info("unloads %s to make room", type(other.model.model).__name__)
@@ -142,20 +149,25 @@ def _make_room(need_bytes: float, device: torch.device, keep: Sequence[Any]) -> 
 
 
 def _drop_abandoned(wanted: Sequence[Any]) -> None:
-    """Models that nobody but the list of loaded models holds any more. Not those of which a clone is wanted:
-    a changed LoRA makes a new patcher for the same model."""
+    """Models that nobody but the list of loaded models holds any more. Not those of which another patcher is
+    wanted, or may be: every image with a LoRA or a ControlNet has a patcher of its own for one model."""
     from backend import memory_management as mm
 
     for index in range(len(mm.current_loaded_models) - 1, -1, -1):
+        loaded = mm.current_loaded_models[index]
         # Two references: the LoadedModel's, and the one that this call makes.
-        if sys.getrefcount(mm.current_loaded_models[index].model) <= 2:
-            model = mm.current_loaded_models[index].model.model
-            if not any(patcher.model is model for patcher in wanted):
-                abandoned = mm.current_loaded_models.pop(index)
-                if managed.attachment_of(model) is not None:
-                    abandoned.model_unload()
-                else:
-                    abandoned.model_unload(avoid_model_moving=True)
+        if sys.getrefcount(loaded.model) > 2 or any(one.model is loaded.model.model for one in wanted):
+            continue
+        if managed.attachment_of(loaded.model.model) is None:
+            mm.current_loaded_models.pop(index).model_unload(avoid_model_moving=True)
+        elif not _is_held_by_others(loaded):
+            mm.current_loaded_models.pop(index).model_unload()
+
+
+def _is_held_by_others(loaded: Any) -> bool:
+    """Whether anybody but this LoadedModel and its patcher holds the model: another patcher does."""
+    own = 2 if getattr(loaded, "real_model", None) is loaded.model.model else 1
+    return sys.getrefcount(loaded.model.model) > own + 1
 
 
 def _free_memory(
@@ -165,20 +177,37 @@ def _free_memory(
     keep_loaded: Sequence[Any] = (),
     free_all: bool = False,
 ) -> None:
-    from backend import memory_management as mm
-
     if managed.why_not_served(device):
         original(memory_required, device, list(keep_loaded), free_all)
         return
+    with managed.turn_of(device):
+        _free(memory_required, device, keep_loaded, free_all)
+
+
+def _free(memory_required: float, device: torch.device, keep_loaded: Sequence[Any], free_all: bool) -> None:
     _drop_abandoned([])
-    if free_all or memory_required >= 1e29 or mm.ALWAYS_VRAM_OFFLOAD or mm.vram_state == mm.VRAMState.NO_VRAM:
-        for loaded in [other for other in mm.current_loaded_models if other.device == device]:
-            if loaded not in keep_loaded:
-                index = next(i for i, other in enumerate(mm.current_loaded_models) if other is loaded)
-                mm.current_loaded_models.pop(index).model_unload()
-        mm.soft_empty_cache()
-        return
-    _make_room(memory_required, device, keep_loaded)
+    if free_all or memory_required >= 1e29 or _offloads_everything():
+        _unload_all(device, keep_loaded)
+    else:
+        _make_room(memory_required, device, keep_loaded)
+
+
+def _offloads_everything() -> bool:
+    """Whether the user wants no model on the device but those that run: --always-offload-from-vram, or Never
+    OOM."""
+    from backend import memory_management as mm
+
+    return bool(mm.ALWAYS_VRAM_OFFLOAD or mm.vram_state == mm.VRAMState.NO_VRAM)
+
+
+def _unload_all(device: torch.device, keep_loaded: Sequence[Any]) -> None:
+    from backend import memory_management as mm
+
+    for loaded in [other for other in mm.current_loaded_models if other.device == device]:
+        if loaded not in keep_loaded:
+            index = next(i for i, other in enumerate(mm.current_loaded_models) if other is loaded)
+            mm.current_loaded_models.pop(index).model_unload()
+    mm.soft_empty_cache()
 
 
 # ------------------------------------------------------------------------------------------------------- load
@@ -199,8 +228,21 @@ def _load_models_gpu(
     if not_served or mm.vram_state == mm.VRAMState.HIGH_VRAM:
         original(models, memory_required, hard_memory_preservation)
         return
+    with contextlib.ExitStack() as turns:
+        for device in sorted({patcher.load_device for patcher in models}, key=str):
+            turns.enter_context(managed.turn_of(device))
+        _place(models, memory_required, hard_memory_preservation)
+
+
+def _place(models: Sequence[Any], memory_required: float, hard_memory_preservation: float) -> None:
+    """Loads `models`, or brings those that are loaded in line with the memory that is free now. Between two
+    steps, where a generation runs in another thread: it goes on with the weights that are left to it."""
+    from backend import memory_management as mm
+
     started = time.perf_counter()
-    managed.rest_all_but([patcher.model for patcher in models])
+    elsewhere = settings.generation_runs_elsewhere()
+    if not elsewhere:
+        managed.rest_all_but([patcher.model for patcher in models])
     minimum = controls.inference_minimum_bytes()
     inference = max(minimum, memory_required) + hard_memory_preservation + MARGIN_BYTES
     _adopt_clones(models)
@@ -209,6 +251,8 @@ def _load_models_gpu(
         loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in models)
     ]
     for device in {patcher.load_device for patcher in models}:
+        if _offloads_everything() and not elsewhere:
+            _unload_all(device, keep)
         if leftovers.collect(device, _free_bytes(device)):
             mm.soft_empty_cache()
     # The last of the list first, so that the first ends up where Forge looks for the most recently used.

@@ -7,6 +7,7 @@ or one request's `override_settings` (which fires no `onchange`) counts alike, f
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -155,7 +156,8 @@ def current(overrides: Mapping[str, Any] | None = None) -> Settings:
     return _settings({**stored(), **{k: v for k, v in (overrides or {}).items() if k in OPTIONS}})
 
 
-_held: tuple[object, Settings] | None = None
+_held: tuple[object, Settings, int] | None = None
+"""The job that runs, its settings, and the thread that it runs on."""
 
 
 def begin_generation(overrides: Mapping[str, Any]) -> Settings:
@@ -163,23 +165,27 @@ def begin_generation(overrides: Mapping[str, Any]) -> Settings:
     `overrides` are its `override_settings`, which Forge puts into its options only after this moment."""
     global _held
     settings = current(overrides)
-    _held = (_job(), settings)
+    _held = (_job(), settings, threading.get_ident())
     notices.to_console(settings.log_level)
     return settings
 
 
 def in_effect() -> Settings:
     """The settings of the generation that runs, or the current ones between generations."""
-    job = _job()
-    if _held is not None and job is not None and _held[0] == job:
-        return _held[1]
-    return current()
+    held = _held
+    return held[1] if held is not None and held[0] == _job() else current()
 
 
 def generation_running() -> bool:
     """Whether the job that `begin_generation` was last called in is still going on."""
-    job = _job()
-    return _held is not None and job is not None and _held[0] == job
+    return _held is not None and _held[0] == _job()
+
+
+def generation_runs_elsewhere() -> bool:
+    """Whether it is going on in another thread than the calling one: what is loaded now (a preprocessor, for
+    its preview) is not for it."""
+    held = _held
+    return held is not None and held[0] == _job() and held[2] != threading.get_ident()
 
 
 def apply(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,8 +280,9 @@ def _option_info(option: Option) -> Any:
 
 
 def _job() -> object:
-    """What tells one job of the web UI from the next; None while none runs."""
+    """What tells one job of the web UI from the next; an object of its own while none runs. Not its name,
+    which changes with every batch of it and every cell of a grid."""
     from modules import shared
 
     state = shared.state
-    return (state.job, getattr(state, "time_start", None)) if getattr(state, "job", "") else None
+    return getattr(state, "time_start", None) if getattr(state, "job", "") else object()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import torch
 
 from lib_qswap.swap import ledger, profile
 from lib_qswap.swap.attachment_part import AttachmentPart
-from lib_qswap.swap.profile import Need, Profile, Work
+from lib_qswap.swap.profile import KEPT_WORKS, Need, Profile, Work
 from lib_qswap.swap.timeline import KEPT_STEPS
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class Adaptation(AttachmentPart):
         super().__init__(model)
         self.profile = Profile(model.device)
         self._postponed = False
+        self._turns: dict[Hashable, tuple[Work, int]] = {}
+        self._lasted: dict[Work, int] = {}
+        self._doubted = False
         self._planned_link: float | None = None
         self._steps_with_link, self._times_changed, self._times_to_follow = 0, 0, 2
         self._retries: int | None = None
@@ -62,11 +66,16 @@ class Adaptation(AttachmentPart):
             self.profile.reconsider()
             self._postponed = False
         self.profile.close()
+        forwards = self._count_turn(work)
         measured = model.device.has_clock and not self.profile.has_measured(work)
         if measured:
             self._take_back()  # What this work needs is not known.
             self.profile.begin(work, model.layers)
-        elif model.device.has_clock and (not self.profile.is_in_use(work) or self._link_has_changed()):
+        elif model.device.has_clock and (
+            not self.profile.is_in_use(work)
+            or self._link_has_changed()
+            or (self._doubted and forwards.bit_count() == 1)
+        ):
             self._replan(work)
         if not self._yield_to_others(work):
             self._make_room()
@@ -140,7 +149,7 @@ class Adaptation(AttachmentPart):
         room = self._room_bytes(need)
         if room >= -NEED_MARGIN_BYTES:
             return False
-        return self._give_back(-room, "device memory is short, and")
+        return self.give_back(-room, "device memory is short, and")
 
     def _make_room(self) -> None:
         """Gives residents back where the allocator waits for the device in every step because its free memory
@@ -151,19 +160,27 @@ class Adaptation(AttachmentPart):
             return
         had = min(model.budget_bytes, model.whole_bytes)
         freed = max(CROWDED_BYTES, had // CROWDED_SHARE)
-        if self._give_back(model.budget_bytes - had + freed, "steps wait for device memory:"):
+        if self.give_back(freed, "steps wait for device memory:"):
             self._crowded_steps = CROWDED_STEPS - 1
             # It is not lent again, nor asked for with the next image.
             crowded = had - model.budget_bytes
             model.crowded_bytes += crowded
             model.spare_bytes = max(0, model.spare_bytes - crowded)
 
-    def _give_back(self, nbytes: int, reason: str) -> bool:
-        """Lowers the budget by `nbytes`, as far as there are residents. Returns whether there were any."""
+    def give_back(self, nbytes: int, reason: str) -> bool:
+        """Lowers the budget so that `nbytes` less are used of it, as far as there are residents; between two
+        steps, also of a run that goes on. Returns whether there were any."""
         model = self._model
-        assert model.budget_bytes is not None
-        budget_bytes = max(model.floor_bytes, model.budget_bytes - nbytes)
-        if budget_bytes >= model.budget_bytes or not model.resident_bytes:
+        with model.state.turn.held():
+            return self._give_back(nbytes, reason)
+
+    def _give_back(self, nbytes: int, reason: str) -> bool:
+        model = self._model
+        if model.budget_bytes is None or not model.resident_bytes:
+            return False
+        had = min(model.budget_bytes, model.whole_bytes)  # What a budget has beyond is used by nobody.
+        budget_bytes = max(model.floor_bytes, had - nbytes)
+        if budget_bytes >= had:
             return False
         ledger.message(
             f"{model.name}: {reason} residents are given back for the computation: "
@@ -193,6 +210,29 @@ class Adaptation(AttachmentPart):
         self._times_to_follow *= 2
         return True
 
+    def _count_turn(self, work: Work) -> int:
+        """A forward of `work` begins: which one of it in a row."""
+        before, forwards = self._turns.get(work.root, (work, 0))
+        if before != work:
+            if len(self._lasted) == KEPT_WORKS:
+                self._lasted.clear()
+            # One that was broken off is not what is to be expected from now on.
+            self._lasted[before] = max(forwards, self._lasted.get(before, 0) // 2)
+            forwards = 0
+        self._turns[work.root] = work, forwards + 1
+        return forwards + 1
+
+    def _forwards_left(self, work: Work) -> int | None:
+        """How many forwards of `work`, this one among them, may come before another work does: as many as
+        last time, or as there have been now; None: not known. Where works take turns in every step (tiles in
+        batches, and a rest), a plan for each would move residents to and fro."""
+        if work not in self._lasted:
+            return self._model.run.steps_left
+        forwards = self._turns[work.root][1]
+        expected = max(self._lasted[work] - forwards + 1, forwards)
+        left = self._model.run.steps_left
+        return expected if left is None else min(expected, left)
+
     def _replan(self, work: Work) -> None:
         """Another plan from what was measured for `work`, where it pays."""
         model = self._model
@@ -208,13 +248,15 @@ class Adaptation(AttachmentPart):
         budget_bytes = model.budget_bytes - model.grown_bytes + grown_bytes
         plan = model.make_plan(budget_bytes)
         gain = profile.gain(plan, model.plan, model.running_layers, self._planned_link)
+        self._doubted = False
         if gain is None:
             return
-        if gain.pays_within(model.run.steps_left):
+        if gain.pays_within(self._forwards_left(work)):
             model.grown_bytes = grown_bytes
             model.fit_into(budget_bytes)
         else:
             self._postponed = True
+            self._doubted = True  # The work may last longer than it has before.
 
     def _growth_for(self, work: Work) -> int:
         """How much of what was left beside the budget steps of `work` do not need."""

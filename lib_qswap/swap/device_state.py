@@ -17,6 +17,7 @@ from lib_qswap.swap.device import Device
 from lib_qswap.swap.execute import Scratch
 from lib_qswap.swap.home import PinBudget, default_pin_budget_bytes
 from lib_qswap.swap.streamer import Streamer
+from lib_qswap.swap.turn import Turn
 
 if TYPE_CHECKING:
     from lib_qswap.swap.manager import Attachment
@@ -26,6 +27,7 @@ class DeviceState:
     """One device: its budget, copier, ring and scratch, and the models that use them now.
 
     Attributes:
+        turn: whose turn it is to run a step or to change what is on the device.
         gone: models that nobody holds any more, and that are still to be unloaded.
     """
 
@@ -35,6 +37,7 @@ class DeviceState:
         self.copier = Copier(device, self.pin_budget)
         self.streamer = Streamer(device, self.copier)
         self.scratch = Scratch(device)
+        self.turn = Turn()
         self.active: weakref.WeakSet[Attachment] = weakref.WeakSet()
         self.gone: deque[Attachment] = deque()
         self._changes = 0
@@ -48,13 +51,14 @@ class DeviceState:
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """Inside, nothing else changes what is on the device."""
-        self.enter()
-        self._changes += 1
-        try:
-            yield
-        finally:
-            self._changes -= 1
-            self.sweep()
+        with self.turn.held():
+            self.enter()
+            self._changes += 1
+            try:
+                yield
+            finally:
+                self._changes -= 1
+                self.sweep()
 
     def enter(self) -> None:
         """The calling thread runs or places models from now on."""
@@ -66,7 +70,7 @@ class DeviceState:
         inside the streamer, on the threads of the copier, its readers or the page, or while another model has
         a layer leased; then the next call on the thread that runs the models does it."""
         while self.gone and not self._changes and self._thread in (None, threading.get_ident()):
-            if not self.streamer.idle(besides=self.gone[0].layers):
+            if not self.turn.is_mine_or_free or not self.streamer.idle(besides=self.gone[0].layers):
                 return
             self.gone.popleft().release()
 

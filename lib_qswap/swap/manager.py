@@ -220,15 +220,16 @@ class Attachment:
         Raises:
             torch.OutOfMemoryError: the device has no room even for the floor; nothing is left on it.
         """
-        self.state.enter()
-        if budget_bytes is None:
-            free, _ = self.device.memory_bytes()
-            usable = free + self.device_bytes() + self.state.shared_bytes
-            budget_bytes = usable * 7 // 8
-            spare_bytes = usable - budget_bytes
-        self.spare_bytes, self.grown_bytes = spare_bytes, 0
-        self.adaptation.profile.reconsider()
-        self.fit_into(budget_bytes)
+        with self.state.turn.held():
+            self.state.enter()
+            if budget_bytes is None:
+                free, _ = self.device.memory_bytes()
+                usable = free + self.device_bytes() + self.state.shared_bytes
+                budget_bytes = usable * 7 // 8
+                spare_bytes = usable - budget_bytes
+            self.spare_bytes, self.grown_bytes = spare_bytes, 0
+            self.adaptation.profile.reconsider()
+            self.fit_into(budget_bytes)
 
     def fit_into(self, budget_bytes: int) -> None:
         """`rebalance` to a budget that steps have shown to be better; what they have shown stays known."""
@@ -414,18 +415,19 @@ class Attachment:
         """Drops residents, the last ones first, until `nbytes` of device memory are free, for another model;
         the fixed ones too where that is not enough. The next `rebalance` brings back what fits then. Only
         while this model does not run."""
-        dropped: list[Layer] = []
-        for layer in reversed(self.layers):
-            if nbytes <= 0:
-                break
-            if layer.resident is not None:
-                dropped.append(layer)
-                nbytes -= layer.payload_bytes
-        self.state.streamer.quiesce()
-        self.state.streamer.evict(dropped)
-        self.budget_bytes, self.grown_bytes = None, 0
-        if nbytes > 0:
-            self.unload()
+        with self.state.turn.held():
+            dropped: list[Layer] = []
+            for layer in reversed(self.layers):
+                if nbytes <= 0:
+                    break
+                if layer.resident is not None:
+                    dropped.append(layer)
+                    nbytes -= layer.payload_bytes
+            self.state.streamer.quiesce()
+            self.state.streamer.evict(dropped)
+            self.budget_bytes, self.grown_bytes = None, 0
+            if nbytes > 0:
+                self.unload()
 
     def check_files(self) -> None:
         """Looks whether the files that masters may be read from are the ones that were opened; once per
@@ -443,13 +445,15 @@ class Attachment:
 
     def rest(self) -> None:
         """This model does not run for a while: what its layers pass through is given back, residents stay."""
-        self.adaptation.profile.close()
-        self.idle.kept.abandon()
-        self.kept.clear()
-        if self in self.state.active:
-            with self.state.changing():
-                self.state.active.discard(self)
-                self.state.fit()
+        with self.state.turn.held():
+            self.state.turn.end_step()  # One that was begun and never ended.
+            self.adaptation.profile.close()
+            self.idle.kept.abandon()
+            self.kept.clear()
+            if self in self.state.active:
+                with self.state.changing():
+                    self.state.active.discard(self)
+                    self.state.fit()
 
     def wake(self) -> None:
         """It runs again.
@@ -467,29 +471,30 @@ class Attachment:
         """Inside, all parameters are their masters, on the CPU, for a host that changes weights (a LoRA);
         what it put in their place becomes the master afterwards, and what it puts back later is
         recognised."""
-        self.state.streamer.quiesce()
-        self.state.copier.finish()  # It may be reading what the host replaces.
-        if self.active:
-            self.inventory.bind_fixed_to_masters()
-        try:
-            yield
-        finally:
-            self.idle.forget()
-            changed = [layer for layer in self.layers if layer.adopt()]
-            self._bind_masters(changed)
-            self.state.streamer.evict([layer for layer in changed if layer.resident is not None])
-            self.inventory.adopt_fixed()
-            if changed:
-                self.budget_bytes = None
+        with self.state.turn.held():
+            self.state.streamer.quiesce()
+            self.state.copier.finish()  # It may be reading what the host replaces.
             if self.active:
-                self.inventory.bind_fixed_to(self.device.device)
+                self.inventory.bind_fixed_to_masters()
+            try:
+                yield
+            finally:
+                self.idle.forget()
+                changed = [layer for layer in self.layers if layer.adopt()]
+                self._bind_masters(changed)
+                self.state.streamer.evict([layer for layer in changed if layer.resident is not None])
+                self.inventory.adopt_fixed()
+                if changed:
+                    self.budget_bytes = None
+                if self.active:
+                    self.inventory.bind_fixed_to(self.device.device)
 
     def unload(self) -> None:
         """Drops every device copy. Nothing is moved: the masters have been there all the time."""
-        self.adaptation.profile.close()
-        self.idle.kept.abandon()
-        self.kept.clear()
         with self.state.changing():
+            self.adaptation.profile.close()
+            self.idle.kept.abandon()
+            self.kept.clear()
             self.state.streamer.quiesce()
             self.state.streamer.evict([layer for layer in self.layers if layer.resident is not None])
             if self.plan is not None:
@@ -510,34 +515,50 @@ class Attachment:
     def detach(self) -> None:
         """Gives the module back as it was: its own forwards, its parameters on the CPU (still packed), those
         that came from a file in the file again, so that RAM and page-locks are given back. Idempotent."""
-        self.release()
-        self._bind_masters(leave_arenas(self.layers))
-        self.modules.remove()
-        self._finalizer.detach()
+        with self.state.turn.held():
+            self.release()
+            self._bind_masters(leave_arenas(self.layers))
+            self.modules.remove()
+            self._finalizer.detach()
 
     # -------------------------------------------------------------------------------------------------- steps
     def begin_step(self, root: torch.nn.Module, work: Work | None = None, asked: Asked | None = None) -> None:
         """The forward of `root` (the module, or a part of it that runs by itself) begins; `work`: by
         which its time is known; `asked`: as from `IdleLayers.asked`, None: nothing is known of it."""
         work = work or Work(id(root), ())
-        self.used_at = time.time()
-        self.state.enter()
-        self.idle.before_step(work, asked)
-        measured = self.adaptation.before_step(work)
-        self.run.count_forward()
-        self.state.streamer.begin_step(id(root), wrap=self.run.goes_on, measured=work if measured else None)
+        self.state.turn.begin_step()
+        try:
+            self.used_at = time.time()
+            self.state.enter()
+            self.idle.before_step(work, asked)
+            measured = self.adaptation.before_step(work)
+            self.run.count_forward()
+            goes_on, of = self.run.goes_on, work if measured else None
+            self.state.streamer.begin_step(id(root), wrap=goes_on, measured=of)
+        except BaseException:
+            self.state.turn.end_step()
+            raise
+
+    def abandon_step(self, root: torch.nn.Module) -> None:
+        """The forward of `root` raised."""
+        self.state.streamer.abandon_step(id(root))
+        self.idle.kept.abandon()
+        self.state.turn.end_step()
 
     def end_step(self, root: torch.nn.Module) -> None:
         """The forward of `root` is over."""
-        traced = self.state.streamer.end_step(id(root))
-        self.idle.kept.end()
-        self.adaptation.after_step()
-        if traced is not None:
-            # Layers of other roots stay where they are, and those of other models have no place here. A new
-            # list: the page may be walking along the old one.
-            places = set(self.layers).intersection(traced)
-            ordered = (layer for layer in traced if layer in places)
-            self.layers = [next(ordered) if layer in places else layer for layer in self.layers]
+        try:
+            traced = self.state.streamer.end_step(id(root))
+            self.idle.kept.end()
+            self.adaptation.after_step()
+            if traced is not None:
+                # Layers of other roots stay where they are, and those of other models have no place here. A
+                # new list: the page may be walking along the old one.
+                places = set(self.layers).intersection(traced)
+                ordered = (layer for layer in traced if layer in places)
+                self.layers = [next(ordered) if layer in places else layer for layer in self.layers]
+        finally:
+            self.state.turn.end_step()
 
     def acquire(self, layer: Layer) -> AnyLease:
         """The weights of `layer` on the device; see `Streamer.acquire`."""

@@ -47,8 +47,7 @@ class ModuleHooks:
         def abandon(root: torch.nn.Module) -> None:
             attachment = reference()
             if attachment is not None:
-                attachment.state.streamer.abandon_step(id(root))
-                attachment.idle.kept.abandon()
+                attachment.abandon_step(root)
 
         for reference_to_root in attachment.roots:
             root = reference_to_root()

@@ -25,6 +25,10 @@ MIN_GAIN = 0.005
 """A plan from measured times replaces the present one only if it predicts a step that is this share
 shorter."""
 
+CHANGE_COST = 1.1
+"""A change takes this much longer than copying what becomes resident: memory is allocated for it, and what
+was fetched ahead is dropped. So it never pays for one step, in which a layer travels either way."""
+
 ASSUMED_STEPS_LEFT = 8
 ASSUMED_FLOPS = 20e12
 ASSUMED_TOKENS = 4096
@@ -149,7 +153,7 @@ class Gain(NamedTuple):
 
     def pays_within(self, steps: int | None) -> bool:
         """Whether it is worth it for a run that has `steps` left (None: not known)."""
-        return self.step_s * (ASSUMED_STEPS_LEFT if steps is None else steps) > self.moving_s
+        return self.step_s * (ASSUMED_STEPS_LEFT if steps is None else steps) > CHANGE_COST * self.moving_s
 
 
 def gain(plan: Plan, present: Plan, layers: Sequence[Layer], link_bytes_per_s: float) -> Gain | None:

@@ -10,6 +10,7 @@ class VRAMState(Enum):
 
 
 vram_state = VRAMState.NORMAL_VRAM
+ALWAYS_VRAM_OFFLOAD = False
 current_loaded_models = []
 current_inference_memory = 1024 * 1024 * 1024
 PIN_SHARED_MEMORY = False

@@ -8,6 +8,9 @@ class ModelPatcher:
         self.lora_patches = {}
         self.lora_loader = LoraLoader(model)
 
+    def is_clone(self, other):
+        return self.model is getattr(other, "model", None)
+
     def add_patches(self, *, filename, patches, strength_patch=1.0, strength_model=1.0, online_mode=False):
         self.lora_patches[filename, strength_patch, strength_model, online_mode] = patches
         return set(patches)

@@ -1,0 +1,74 @@
+"""Whose turn it is on a device: a step's, or that of a thread which changes what lies there."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+LONGEST_WAIT_S = 600.0
+"""Longer than a step takes: then whoever had the turn has forgotten it."""
+
+LOOK_S = 1.0
+"""From one look to the next whether the thread that is waited for still lives."""
+
+
+class Turn:
+    """A lock that belongs to one thread at a time, for as long as a step or a `held` block of it lasts.
+
+    A step that is not ended, since something else raised beside it, blocks others only until the thread's
+    next step or block, or its death.
+    """
+
+    def __init__(self) -> None:
+        self._free = threading.Condition(threading.Lock())
+        self._owner: threading.Thread | None = None
+        self._blocks = 0
+        self._in_step = False
+
+    @property
+    def is_mine_or_free(self) -> bool:
+        return self._owner in (None, threading.current_thread())
+
+    def begin_step(self) -> None:
+        """A step of the calling thread begins, once it is its turn."""
+        if not (self._owner is threading.current_thread() and self._in_step):
+            with self._free:
+                self._take()
+                self._in_step = True
+
+    def end_step(self) -> None:
+        """It is over. Idempotent, and nothing where another thread's turn has come."""
+        with self._free:
+            if self._owner is threading.current_thread():
+                self._in_step = False
+                self._leave()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, no other thread runs a step or changes anything. Reentrant, in steps as well."""
+        with self._free:
+            self._take()
+            self._blocks += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                if self._owner is threading.current_thread():
+                    self._blocks -= 1
+                    self._leave()
+
+    def _take(self) -> None:
+        me = threading.current_thread()
+        if self._owner is me:
+            return
+        until = time.monotonic() + LONGEST_WAIT_S
+        while self._owner is not None and self._owner.is_alive() and time.monotonic() < until:
+            self._free.wait(LOOK_S)
+        self._owner, self._blocks, self._in_step = me, 0, False
+
+    def _leave(self) -> None:
+        if not self._blocks and not self._in_step:
+            self._owner = None
+            self._free.notify()
