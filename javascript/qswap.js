@@ -14,6 +14,11 @@
     const SCAN_DELAY_MS = 100;
     const HIGHEST_HZ = 10;
 
+    /** An error that the panel explains. */
+    function problem(trouble) {
+        return Object.assign(new Error(trouble), { trouble });
+    }
+
     /** One poll of one server, shared by all panels that name it. */
     class Feed {
         constructor(base) {
@@ -23,6 +28,8 @@
             this.snapshot = null;
             this.text = null;
             this.failures = 0;
+            this.trouble = null; // why the last answer did not come, and the sentence that says so
+            this.sentence = null;
             this.timer = null;
             this.asking = false;
         }
@@ -50,25 +57,36 @@
             this.asking = true;
             const began = performance.now();
             let trouble = null;
+            let news = [];
             try {
-                await this.fetchOnce();
+                news = this.read(await this.fetchOnce());
                 this.failures = 0;
             } catch (error) {
                 this.failures += 1;
-                trouble = error.trouble || "No connection to the server";
+                trouble =
+                    error.trouble ||
+                    (error.name === "AbortError" ? "The server does not answer" : "No connection to the server");
             }
             this.asking = false;
 
             const hz = this.hz();
+            const took = performance.now() - began;
+            // A server that is slow to answer has other things to do: it rests for as long as it took.
             const wait = trouble
                 ? Math.min(LONGEST_WAIT_MS, 1000 * 2 ** (this.failures - 1))
-                : Math.max(0, 1000 / (hz || 1) - (performance.now() - began));
-            this.show(trouble && `${trouble}. Trying again in ${Math.round(wait / 1000)} s.`);
+                : Math.max(took, 1000 / (hz || 1) - took);
+            if (trouble !== this.trouble) {
+                news = [trouble ? `${trouble}.` : "The server answers again.", ...news];
+            }
+            this.trouble = trouble;
+            this.sentence = trouble && `${trouble}. Trying again in ${Math.round(wait / 1000)} s.`;
+            this.show(news);
             if (hz > 0) {
                 this.timer = setTimeout(() => this.wake(), wait);
             }
         }
 
+        /** The text of the server's answer. */
         async fetchOnce() {
             const stop = new AbortController();
             const tooLate = setTimeout(() => stop.abort(), ANSWER_TIMEOUT_MS);
@@ -80,19 +98,35 @@
                 }
                 const answer = await fetch(address, { cache: "no-store", signal: stop.signal });
                 if (!answer.ok) {
-                    throw Object.assign(new Error(), {
-                        trouble: [401, 403].includes(answer.status)
+                    throw problem(
+                        [401, 403].includes(answer.status)
                             ? "The server asks for a login"
                             : `The server answers with error ${answer.status}`,
-                    });
+                    );
                 }
-                const text = await answer.text();
-                if (text !== this.text) {
-                    this.snapshot = this.unfold(JSON.parse(text));
-                    this.text = text;
-                }
+                return await answer.text();
             } finally {
                 clearTimeout(tooLate);
+            }
+        }
+
+        /** Takes a snapshot from an answer; returns what is new in it for somebody who listens. */
+        read(text) {
+            if (text === this.text) {
+                return [];
+            }
+            try {
+                const snapshot = this.unfold(JSON.parse(text));
+                const news = this.snapshot ? qswap.words.news(this.snapshot, snapshot) : [];
+                this.snapshot = snapshot;
+                this.text = text;
+                return news;
+            } catch (error) {
+                this.layouts = new Map(); // The next answer is to be a whole one.
+                if (this.failures === 0) {
+                    console.error("QSwap:", error);
+                }
+                throw problem("The server's answer is not one of QSwap's");
             }
         }
 
@@ -111,12 +145,10 @@
             return snapshot;
         }
 
-        show(trouble) {
-            for (const panel of this.panels) {
-                if (panel.seen) {
-                    panel.view.show(this.snapshot, trouble);
-                }
-            }
+        show(news) {
+            const seen = Array.from(this.panels).filter((panel) => panel.seen);
+            seen.forEach((panel) => panel.view.show(this.snapshot, this.sentence));
+            seen.slice(0, 1).forEach((panel) => panel.view.say(news)); // Two would say it twice.
         }
     }
 
@@ -131,7 +163,7 @@
             this.observer = new IntersectionObserver((entries) => {
                 this.seen = entries[entries.length - 1].isIntersecting;
                 if (this.seen) {
-                    this.view.show(feed.snapshot, null);
+                    this.view.show(feed.snapshot, feed.sentence);
                 }
                 feed.wake();
             });

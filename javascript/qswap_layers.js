@@ -13,20 +13,28 @@
     /** The strip: one cell a layer in execution order, in blocks; the mouse and the arrow keys read it. */
     qswap.Strip = class Strip {
         constructor(layers, tooltip) {
-            this.layers = layers;
             this.tooltip = tooltip;
-            this.cells = [];
             this.cursor = 0;
-            this.root = dom.element("div", "qswap-strip", ...this.build(layers));
+            this.root = dom.element("div", "qswap-strip");
             this.root.tabIndex = 0;
             this.root.setAttribute("role", "slider");
             this.root.setAttribute("aria-valuemin", "1");
-            this.root.setAttribute("aria-valuemax", String(layers.length));
             this.root.addEventListener("pointerover", (event) => this.point(event.target));
             this.root.addEventListener("pointerleave", () => this.leave());
             this.root.addEventListener("focus", () => this.root.matches(":focus-visible") && this.read(this.cursor));
             this.root.addEventListener("blur", () => this.leave());
             this.root.addEventListener("keydown", (event) => this.key(event));
+            this.setLayers(layers);
+        }
+
+        /** Shows other layers, in the same element. */
+        setLayers(layers) {
+            this.hideTooltip();
+            this.layers = layers;
+            this.cursor = Math.min(this.cursor, layers.length - 1);
+            this.root.replaceChildren(...this.build(layers));
+            dom.setAttribute(this.root, "aria-valuemax", String(layers.length));
+            this.say();
         }
 
         build(layers) {
@@ -90,8 +98,11 @@
                     this.cells[index].className = className;
                 }
             });
-            dom.setAttribute(this.root, "aria-label", summary(name, layers));
-            this.say();
+            // Screen readers read out each change of what has the focus: there, only the keys change it.
+            if (!this.root.matches(":focus")) {
+                dom.setAttribute(this.root, "aria-label", summary(name, layers));
+                this.say();
+            }
             if (this.tooltip.anchor && this.root.contains(this.tooltip.anchor)) {
                 this.tooltip.show(this.tooltip.anchor, layers[this.tooltip.anchor.dataset.i]);
             }
@@ -115,15 +126,25 @@
             this.cursor = index;
             this.cells[index].setAttribute("data-cursor", "");
             this.say();
+            this.cells[index].scrollIntoView({ block: "nearest" });
             this.tooltip.show(this.cells[index], this.layers[index]);
         }
 
         leave() {
             this.cells[this.cursor].removeAttribute("data-cursor");
-            this.tooltip.hide();
+            this.hideTooltip();
+        }
+
+        hideTooltip() {
+            if (this.root.contains(this.tooltip.anchor)) {
+                this.tooltip.hide();
+            }
         }
 
         key(event) {
+            if (event.altKey || event.ctrlKey || event.metaKey) {
+                return; // The browser's own keys, such as the one that goes back.
+            }
             const last = this.layers.length - 1;
             const target = {
                 ArrowRight: this.cursor + 1,
@@ -156,6 +177,29 @@
     /** The layers as a table, for who reads better than looks; made when it is asked for. */
     qswap.Table = class Table {
         constructor(layers) {
+            const heads = ["#", "Layer", "Kind", "Format", "Size", "Home", "Now", "Uses", "Stall"];
+            const right = new Set(["#", "Size", "Uses", "Stall"]);
+            const head = dom.element(
+                "thead",
+                "",
+                dom.element(
+                    "tr",
+                    "",
+                    ...heads.map((text) => {
+                        const cell = dom.label("th", right.has(text) ? "qswap-right" : "", text);
+                        cell.scope = "col";
+                        return cell;
+                    }),
+                ),
+            );
+            this.body = dom.element("tbody", "");
+            this.setLayers(layers);
+            this.root = dom.element("div", "qswap-table", dom.element("table", "", head, this.body));
+            this.root.tabIndex = 0;
+            this.root.setAttribute("role", "region");
+        }
+
+        setLayers(layers) {
             this.rows = layers.map((layer, index) => {
                 const place = dom.label("td", "");
                 const home = dom.label("td", "");
@@ -176,25 +220,7 @@
                 );
                 return { row, place, home, uses, stall };
             });
-            const heads = ["#", "Layer", "Kind", "Format", "Size", "Home", "Now", "Uses", "Stall"];
-            const right = new Set(["#", "Size", "Uses", "Stall"]);
-            const head = dom.element(
-                "thead",
-                "",
-                dom.element(
-                    "tr",
-                    "",
-                    ...heads.map((text) => {
-                        const cell = dom.label("th", right.has(text) ? "qswap-right" : "", text);
-                        cell.scope = "col";
-                        return cell;
-                    }),
-                ),
-            );
-            const body = dom.element("tbody", "", ...this.rows.map((each) => each.row));
-            this.root = dom.element("div", "qswap-table", dom.element("table", "", head, body));
-            this.root.tabIndex = 0;
-            this.root.setAttribute("role", "region");
+            this.body.replaceChildren(...this.rows.map((each) => each.row));
         }
 
         update(name, layers) {
@@ -273,12 +299,28 @@
                 this.values.get(fact).setText(value);
             }
             dom.show(this.root, true);
-            const cell = anchor.getBoundingClientRect();
+            this.place();
+        }
+
+        /** Beside its cell, and all of it in sight. */
+        place() {
+            const cell = this.anchor.getBoundingClientRect();
             const own = this.root.getBoundingClientRect();
             const left = Math.min(Math.max(8, cell.left + cell.width / 2 - own.width / 2), innerWidth - own.width - 8);
             const above = cell.top - own.height - 8;
             this.root.style.left = `${Math.max(8, left)}px`;
-            this.root.style.top = `${above >= 8 ? above : cell.bottom + 8}px`;
+            const below = Math.max(8, Math.min(cell.bottom + 8, innerHeight - own.height - 8));
+            this.root.style.top = `${above >= 8 ? above : below}px`;
+        }
+
+        /** Goes with the cell that the keys have chosen; away from the mouse, which has another one under it now. */
+        scroll() {
+            const cell = this.anchor && this.anchor.getBoundingClientRect();
+            if (cell && this.anchor.hasAttribute("data-cursor") && cell.bottom > 0 && cell.top < innerHeight) {
+                this.place();
+            } else {
+                this.hide();
+            }
         }
 
         hide() {

@@ -104,16 +104,17 @@
     /** One model: a line that opens to its numbers, its strip or table, and its legend. */
     class ModelCard {
         constructor(model, tooltip) {
-            this.name = dom.label("span", "qswap-model-name", String(model.name));
+            this.name = String(model.name);
             this.pill = dom.label("span", "qswap-pill");
             this.note = dom.label("span", "qswap-muted qswap-model-note");
-            const line = [this.name, this.pill, this.note];
-            this.layered = qswap.words.list(model.layers).length > 0;
+            const line = [dom.label("span", "qswap-model-name", this.name), this.pill, this.note];
+            this.layered = hasLayers(model);
             if (!this.layered) {
                 this.root = dom.element("div", "qswap-model qswap-plain", ...line);
                 return;
             }
             this.figures = new Figures();
+            this.layout = model.layout;
             this.strip = new qswap.Strip(model.layers, tooltip);
             this.table = null;
             this.legend = new qswap.Legend();
@@ -129,6 +130,18 @@
             this.root.addEventListener("toggle", () => this.update(this.model, this.device));
         }
 
+        /** Whether this card can show that model, with other layers perhaps. */
+        fits(model) {
+            return this.name === String(model.name) && this.layered === hasLayers(model);
+        }
+
+        remove() {
+            if (this.layered) {
+                this.strip.leave();
+            }
+            this.root.remove();
+        }
+
         update(model, device) {
             this.model = model;
             this.device = device;
@@ -141,8 +154,17 @@
             if (!this.layered) {
                 return;
             }
-            if (!this.touched && this.root.open !== Boolean(model.active)) {
-                this.root.open = Boolean(model.active);
+            if (this.layout !== model.layout || this.strip.layers.length !== model.layers.length) {
+                this.layout = model.layout;
+                this.strip.setLayers(model.layers);
+                if (this.table) {
+                    this.table.setLayers(model.layers);
+                }
+            }
+            // A card that closes takes the keyboard's focus away: not while it is in there.
+            const open = Boolean(model.active) || (this.root.open && this.root.matches(":focus-within"));
+            if (!this.touched && this.root.open !== open) {
+                this.root.open = open;
             }
             if (this.root.open) {
                 this.figures.update(model, device);
@@ -151,6 +173,8 @@
                 if (this.table && !this.table.root.hidden) {
                     this.table.update(model.name, model.layers);
                 }
+            } else {
+                this.strip.leave();
             }
         }
 
@@ -182,6 +206,10 @@
         }
     }
 
+    function hasLayers(model) {
+        return qswap.words.list(model.layers).length > 0;
+    }
+
     /** The latest messages: a fixed number of lines, filled from the top. */
     class Messages {
         constructor() {
@@ -195,6 +223,10 @@
             this.root.setAttribute("aria-label", "Messages");
         }
 
+        get shown() {
+            return !this.root.hidden;
+        }
+
         update(snapshot) {
             const latest = qswap.words.latestMessages(snapshot, MESSAGES_SHOWN);
             dom.show(this.root, latest.length > 0);
@@ -202,9 +234,9 @@
                 const message = latest[nth];
                 dom.show(line.root, Boolean(message));
                 if (message) {
-                    const alarming = message.level !== "info" && message.level !== "debug";
+                    const alarming = qswap.words.isAlarming(message);
                     line.root.classList.toggle("qswap-alarming", alarming);
-                    line.level.setText(alarming ? `⚠ ${message.level === "error" ? "Error" : "Warning"}` : "Note");
+                    line.level.setText((alarming ? "⚠ " : "") + qswap.words.levelWord(message));
                     line.time.setText(qswap.words.clock(message.t));
                     line.text.setText(String(message.text));
                 }
@@ -218,13 +250,15 @@
             this.verdict = dom.label("div", "qswap-verdict");
             this.location = dom.label("span", "qswap-muted qswap-location");
             this.trouble = dom.label("div", "qswap-trouble");
-            this.trouble.setAttribute("role", "status");
+            this.fault = dom.label("div", "qswap-muted qswap-fault");
+            // Apart from what is seen, which changes all the time: screen readers read out every change of this one.
+            this.spoken = dom.label("div", "qswap-spoken");
+            this.spoken.setAttribute("role", "status");
             this.memory = new MemoryBar();
             this.models = dom.element("div", "qswap-models");
             this.messages = new Messages();
             this.tooltip = new qswap.Tooltip();
             this.cards = [];
-            this.keys = "";
             this.drawn = null;
             this.body = dom.element("div", "qswap-body", this.memory.root, this.models, this.messages.root);
             this.root = dom.element(
@@ -233,16 +267,19 @@
                 dom.element("div", "qswap-top", this.verdict, this.location),
                 this.trouble,
                 this.body,
+                this.fault,
+                this.spoken,
                 this.tooltip.root,
             );
-            this.hideTooltip = () => this.tooltip.hide();
-            window.addEventListener("scroll", this.hideTooltip, { capture: true, passive: true });
+            dom.show(this.fault, false);
+            this.onScroll = () => this.tooltip.scroll();
+            window.addEventListener("scroll", this.onScroll, { capture: true, passive: true });
             mount.replaceChildren(this.root);
             this.show(null, null);
         }
 
         remove() {
-            window.removeEventListener("scroll", this.hideTooltip, { capture: true });
+            window.removeEventListener("scroll", this.onScroll, { capture: true });
             this.root.remove();
         }
 
@@ -256,8 +293,32 @@
                 dom.show(this.verdict, trouble === null);
                 dom.show(this.body, false);
             } else if (snapshot !== this.drawn) {
-                this.draw(snapshot);
                 this.drawn = snapshot;
+                this.tryToDraw(snapshot);
+            }
+        }
+
+        /** An error costs no more than this picture: the next one may be drawn again. */
+        tryToDraw(snapshot) {
+            try {
+                this.draw(snapshot);
+                dom.show(this.fault, false);
+            } catch (error) {
+                const text = `Not all of this could be drawn (${error}).`;
+                if (text !== this.fault.textContent) {
+                    console.error("QSwap:", error);
+                }
+                this.fault.setText(text);
+                dom.show(this.fault, true);
+            }
+        }
+
+        /** Has screen readers read these sentences. */
+        say(sentences) {
+            const text = sentences.join(" ");
+            if (text) {
+                // The same once more is a change, too.
+                this.spoken.setText(text === this.spoken.textContent ? `${text}\u00a0` : text);
             }
         }
 
@@ -271,23 +332,29 @@
             const kernel = snapshot.unpack_kernel ? ` · unpacked by ${snapshot.unpack_kernel}` : "";
             dom.show(this.location, enabled && Boolean(location));
             this.location.setText(`Swap location: ${location}${kernel}`);
-            dom.show(this.body, enabled);
-            if (!enabled) {
-                return;
-            }
-            this.memory.update(snapshot);
-            this.drawModels(qswap.words.list(snapshot.models), qswap.words.deviceWord(snapshot));
             this.messages.update(snapshot);
+            dom.show(this.body, enabled || this.messages.shown);
+            this.memory.update(enabled ? snapshot : {});
+            this.drawModels(enabled ? qswap.words.list(snapshot.models) : [], qswap.words.deviceWord(snapshot));
         }
 
+        /** Cards stay where they are as long as their models do: a new one, or one that moves, loses the keyboard's focus. */
         drawModels(models, device) {
-            const key = (model) => [model.name, model.layout, qswap.words.list(model.layers).length];
-            const keys = JSON.stringify(models.map(key));
-            if (keys !== this.keys) {
-                this.keys = keys;
-                this.tooltip.hide();
-                this.cards = models.map((model) => new ModelCard(model, this.tooltip));
-                this.models.replaceChildren(...this.cards.map((card) => card.root));
+            const free = new Set(this.cards);
+            const take = (fits) => {
+                const found = Array.from(free).find(fits) || null;
+                free.delete(found);
+                return found;
+            };
+            const same = models.map((model) => take((card) => card.fits(model) && card.layout === model.layout));
+            this.cards = models.map(
+                (model, nth) => same[nth] || take((card) => card.fits(model)) || new ModelCard(model, this.tooltip),
+            );
+            free.forEach((card) => card.remove());
+            for (const card of this.cards) {
+                if (card.root.parentNode !== this.models) {
+                    this.models.append(card.root);
+                }
             }
             models.forEach((model, nth) => this.cards[nth].update(model, device));
         }

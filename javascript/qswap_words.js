@@ -291,12 +291,56 @@
         return number >= 1e6 ? `${(number / 1e6).toFixed(1)} M` : number.toLocaleString("en");
     }
 
-    /** The newest messages, oldest first, at most `most`; a warning is kept longer than what only informs. */
+    const isAlarming = (message) => message.level !== "info" && message.level !== "debug";
+
+    function levelWord(message) {
+        return !isAlarming(message) ? "Note" : message.level === "error" ? "Error" : "Warning";
+    }
+
+    /**
+     * The newest messages, oldest first, at most `most`; a warning is kept longer than what only informs. Of a QSwap that is
+     * off without being switched off: the errors, which may be why.
+     */
     function latestMessages(snapshot, most) {
+        if (snapshot.enabled === false) {
+            const chosen = snapshot.settings && snapshot.settings.qswap_enabled === false;
+            return chosen ? [] : list(snapshot.messages).filter((message) => message.level === "error").slice(-most);
+        }
         const all = list(snapshot.messages).slice(-40);
-        const warnings = all.filter((message) => message.level !== "info" && message.level !== "debug").slice(-most);
+        const warnings = all.filter(isAlarming).slice(-most);
         const others = all.filter((message) => !warnings.includes(message)).slice(-Math.max(1, most - warnings.length));
         return all.filter((message) => warnings.includes(message) || others.includes(message)).slice(-most);
+    }
+
+    /** What has happened between two snapshots that somebody who does not look wants to hear, in sentences. */
+    function news(before, after) {
+        const managed = (snapshot) => list(snapshot.models).filter(isManaged);
+        const names = (models) => Array.from(new Set(models.map((model) => String(model.name))));
+        const active = (snapshot) => names(managed(snapshot).filter((model) => model.active));
+        const stepping = (snapshot) => names(managed(snapshot).filter(hasStepsToCome));
+        const without = (all, some) => all.filter((each) => !some.includes(each));
+        const there = names(managed(after));
+        const known = list(before.messages).map(gist);
+        const alarms = latestMessages(after, 4).filter(isAlarming);
+        return [
+            ...without(active(after), active(before)).map((name) => `${name} is loaded.`),
+            ...without(stepping(before), stepping(after))
+                .filter((name) => there.includes(name))
+                .map((name) => `${name} comes to the end of its steps.`),
+            ...alarms
+                .filter((message) => !known.includes(gist(message)))
+                .map((message) => `${levelWord(message)}: ${message.text}`),
+        ];
+    }
+
+    function hasStepsToCome(model) {
+        const { index, of } = model.step || {};
+        return of > 1 && index < of;
+    }
+
+    /** A message without its amounts of memory: with others it says the same again. */
+    function gist(message) {
+        return String(message.text).replace(/\d+(\.\d+)?(?= [MG]B\b)/g, "");
     }
 
     /** Why QSwap is off, where its host says so. */
@@ -330,10 +374,13 @@
         deviceWord,
         facts,
         figures,
+        isAlarming,
         isManaged,
         isSlow,
         latestMessages,
+        levelWord,
         list,
+        news,
         percent,
         placeOf,
         sections,

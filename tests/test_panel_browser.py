@@ -281,6 +281,184 @@ def test_the_strip_is_read_with_the_keyboard(serve, host, page):
     assert page.evaluate("() => window.pressed") == "Escape"
 
 
+def test_the_cell_that_the_keys_have_chosen_is_in_sight(serve, host, page):
+    page.set_viewport_size({"width": 360, "height": 300})
+    page.goto(serve(host).url)
+    page.locator(".qswap-model[open] .qswap-button").focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("End")
+
+    expect(page.locator(CELLS).nth(303)).to_be_in_viewport()
+    time.sleep(0.2)  # the event of scrolling comes later
+    expect(page.locator(".qswap-tooltip-name")).to_be_in_viewport()
+
+
+def test_keys_of_the_browser_are_left_to_it(serve, host, page):
+    page.goto(serve(host).url)
+    strip = page.locator(".qswap-model[open] .qswap-strip")
+    strip.focus()
+    page.evaluate("() => addEventListener('keydown', (event) => (window.prevented = event.defaultPrevented))")
+    for key in ("Control+End", "Meta+ArrowRight", "Alt+ArrowRight"):
+        page.keyboard.press(key)
+        assert page.evaluate("() => window.prevented") is False, key
+    expect(strip).to_have_attribute("aria-valuenow", "1")
+
+
+def test_the_focus_stays_where_it_is_when_models_come_and_go(serve, host, page):
+    coming = {
+        "name": "ControlNet",
+        "managed": True,
+        "active": False,
+        "layers": host._encoder_model()["layers"],
+    }
+    models: list[dict] = []
+    snapshot = host.snapshot
+    host.snapshot = lambda: (now := snapshot()) | {"models": models + now["models"]}
+    page.goto(serve(host).url)
+    card = page.locator("details:has-text('KModel')")
+    cards = page.locator("details.qswap-model")
+    for control in (card.locator("summary"), card.locator(".qswap-button"), card.locator(".qswap-strip")):
+        control.focus()
+        models.append(coming)
+        expect(cards).to_have_count(3)
+        expect(control).to_be_focused()
+        models.clear()
+        expect(cards).to_have_count(2)
+        expect(control).to_be_focused()
+
+
+def test_a_model_with_other_layers_keeps_its_card_as_the_reader_left_it(serve, host, page):
+    """Another file of the same model; or the same one, from a server that was started anew."""
+    main, quant, count = host._main_model, "Q4_K", 304
+
+    def other_layers(now: float) -> dict:
+        model = main(now)
+        return {**model, "layers": [{**layer, "quant": quant} for layer in model["layers"][:count]]}
+
+    host._main_model = other_layers
+    page.goto(serve(host).url)
+    card = page.locator("details:has-text('KModel')")
+    card.locator(".qswap-button").click()
+    strip = card.locator(".qswap-strip")
+
+    quant, count = "Q8_0", 200
+    expect(card.locator("tbody tr")).to_have_count(200)
+    expect(card.locator("tbody tr").first).to_contain_text("Q8_0")
+    expect(card.locator(".qswap-button")).to_be_focused()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.press("End")
+    count = 100
+    expect(strip).to_have_attribute("aria-valuemax", "100")
+    expect(strip).to_be_focused()
+    expect(strip).to_have_attribute("aria-valuenow", "100")
+    expect(page.locator(CELLS)).to_have_count(100)
+    page.keyboard.press("ArrowLeft")
+    expect(strip).to_have_attribute("aria-valuetext", re.compile(re.escape(host.layers[98]["name"])))
+
+
+def test_a_card_does_not_close_on_who_reads_it_with_the_keyboard(serve, host, page):
+    active = True
+    main = host._main_model
+    host._main_model = lambda now: {**main(now), "active": active}
+    page.goto(serve(host).url)
+    strip = page.locator("details:has-text('KModel') .qswap-strip")
+    strip.focus()
+    active = False
+    expect(page.locator("details:has-text('KModel') .qswap-pill")).to_have_text("Not loaded")
+    expect(strip).to_be_focused()
+    expect(strip).to_be_visible()
+    strip.blur()
+    host.clock.now = 1.0
+    expect(strip).to_be_hidden()
+
+
+# What screen readers would say: each change of a live region, and of the name or value of what has the focus.
+LISTEN = """() => {
+    window.heard = [];
+    const what = '[role=status], [role=alert], [role=log], [aria-live]';
+    new MutationObserver((all) => {
+        for (const {target, type, attributeName} of all) {
+            const element = target.nodeType === Node.TEXT_NODE ? target.parentElement : target;
+            if (element.closest(what) && element.textContent) window.heard.push(element.textContent);
+            if (type === 'attributes' && element === document.activeElement) window.heard.push(attributeName);
+        }
+    }).observe(document, {
+        childList: true, characterData: true, subtree: true,
+        attributeFilter: ['aria-label', 'aria-valuenow', 'aria-valuetext', 'hidden'],
+    });
+}"""
+
+
+def test_updates_are_not_read_aloud(serve, host, page):
+    page.goto(serve(host).url)
+    strip = page.locator(".qswap-model[open] .qswap-strip")
+    strip.focus()
+    page.keyboard.press("ArrowRight")
+    page.evaluate(LISTEN)
+    before = classes(page)
+    for moment in (0.0, 0.7, 2.5, 5.0):
+        host.clock.now = moment
+        time.sleep(0.2)
+
+    assert classes(page) != before
+    assert page.evaluate("window.heard") == []
+    host.clock.now = 5.0 + 1.5 / 304 * 1.92
+    strip.blur()
+    expect(strip).to_have_attribute("aria-valuetext", re.compile("Uses 3"))
+
+
+def test_what_happens_is_read_aloud_once(serve, host, page):
+    changes: dict[str, object] = {"active": False, "step": {"index": 0, "of": None}}
+    main = host._main_model
+    host._main_model = lambda now: {**main(now), **changes}
+    host.messages = []
+    page.goto(serve(host, page_html(mount_html("a", hz=HZ), mount_html("b", hz=HZ))).url)
+    page.set_viewport_size({"width": 1160, "height": 2000})
+    expect(page.locator("#b .qswap-model-name", has_text="KModel")).to_be_visible()
+    page.evaluate(LISTEN)
+
+    def heard() -> list[str]:
+        asked = host.snapshots  # who asks for the third time has heard the answer to the second
+        wait_until(lambda: host.snapshots >= asked + 3)
+        return [text.replace("\xa0", "") for text in page.evaluate("window.heard.splice(0)")]
+
+    for _ in range(2):
+        changes["active"] = True
+        assert heard() == ["KModel is loaded."]
+        for index in (1, 2):
+            changes["step"] = {"index": index, "of": 3}
+            assert heard() == []
+        changes["step"] = {"index": 3, "of": 3}
+        assert heard() == ["KModel comes to the end of its steps."]
+        changes |= {"active": False, "step": {"index": 0, "of": None}}
+        assert heard() == []
+    changes["step"] = {"index": 1, "of": 1}  # of an encoder
+    assert heard() == []
+
+    host.messages.append({"t": 1.0, "level": "info", "text": "a note"})
+    assert heard() == []
+    host.messages.append({"t": 2.0, "level": "warning", "text": "2.5 GB are short"})
+    assert heard() == ["Warning: 2.5 GB are short"]
+    host.messages[-1] = {"t": 3.0, "level": "warning", "text": "2.4 GB are short"}
+    assert heard() == []
+    host.messages.append({"t": 4.0, "level": "error", "text": "it went wrong"})
+    assert heard() == ["Error: it went wrong"]
+
+
+def test_a_dead_server_is_read_aloud_once(serve, host, page):
+    page.goto(serve(host).url)
+    expect(page.locator(CELLS)).to_have_count(304)
+    page.evaluate(LISTEN)
+
+    page.route("**/residency*", lambda route: route.abort())
+    expect(page.locator(".qswap-trouble")).to_have_text(re.compile("again in 4 s"), timeout=10_000)
+    assert page.evaluate("window.heard") == ["No connection to the server."]
+    page.unroute("**/residency*")
+    expect(page.locator(".qswap-trouble")).to_be_hidden(timeout=10_000)
+    assert page.evaluate("window.heard")[1:] == ["The server answers again."]
+
+
 def test_the_table_has_the_same_layers_and_stays_current(serve, host, page):
     page.goto(serve(host).url)
     card = page.locator(".qswap-model[open]")
@@ -312,6 +490,32 @@ def test_off_is_one_line(serve, host, page):
     page.goto(serve(host).url)
 
     expect(page.locator(".qswap-panel")).to_have_text("QSwap is off.", use_inner_text=True)
+
+
+def test_off_without_being_switched_off_shows_the_error(serve, host, page):
+    host.enabled = False
+    error = "off, Forge stays as it is: TypeError: it could not start"
+    host.messages += [
+        {"t": 1.0, "level": "error", "text": error},
+        *({"t": 2.0 + i, "level": "warning", "text": f"warning {i}"} for i in range(50)),
+    ]
+    settings, status = {}, {}
+    snapshot = host.snapshot
+    host.snapshot = lambda: {**snapshot(), "settings": settings, "host": status}
+    page.goto(serve(host).url)
+    panel = page.locator(".qswap-panel")
+
+    expect(page.locator(".qswap-message:visible")).to_have_text(re.compile(f"^⚠ Error.*{error}$"))
+    expect(page.locator(".qswap-verdict")).to_have_text("QSwap is off.")
+    expect(page.locator(".qswap-memory, .qswap-model").locator("visible=true")).to_have_count(0)
+    status |= {"supported": False, "reason": "this is no Forge"}
+    expect(page.locator(".qswap-verdict")).to_have_text("QSwap is off: this is no Forge")
+    expect(panel).to_contain_text(error)
+    status.clear()
+    settings["qswap_enabled"] = False
+    expect(panel).to_have_text("QSwap is off.", use_inner_text=True)
+    settings["qswap_enabled"] = host.enabled = True
+    expect(page.locator(CELLS)).to_have_count(304)
 
 
 def test_warnings_are_seen_behind_many_notes(serve, host, page):
@@ -415,6 +619,51 @@ def test_an_error_of_the_server_is_named(serve, host, page):
     expect(page.locator(".qswap-trouble")).to_contain_text("The server answers with error 500")
     page.route("**/residency*", lambda route: route.fulfill(status=401))
     expect(page.locator(".qswap-trouble")).to_contain_text("The server asks for a login", timeout=5000)
+
+
+def test_an_error_while_drawing_is_shown_and_polling_goes_on(serve, host, page):
+    said: list[str] = []
+    page.on("console", lambda message: "QSwap" in message.text and said.append(message.text))
+    page.goto(serve(host).url)
+    expect(page.locator(CELLS)).to_have_count(304)
+    page.evaluate("() => { window.figures = qswap.words.figures; qswap.words.figures = () => null.figures; }")
+    host.clock.now = 0.7
+    fault = page.locator(".qswap-fault")
+    expect(fault).to_have_text(re.compile(r"^Not all of this could be drawn \(TypeError: .*\)\.$"))
+    for moment in (1.0, 1.2, 1.4):
+        host.clock.now = moment
+        assert polls_during(host, 0.3) >= 2
+    assert len(said) == 1, said
+
+    page.evaluate("() => { qswap.words.figures = window.figures; }")
+    host.clock.now = 1.5
+    expect(fault).to_be_hidden()
+
+
+def test_an_answer_of_somebody_else_is_said_so_and_asked_again(serve, host, page):
+    """Such as the page of a proxy that wants a login."""
+    page.goto(serve(host).url)
+    expect(page.locator(CELLS)).to_have_count(304)
+
+    page.route("**/residency*", lambda route: route.fulfill(body="<html>", content_type="text/html"))
+    expect(page.locator(".qswap-trouble")).to_contain_text("The server's answer is not one of QSwap's.")
+    page.unroute("**/residency*")
+    expect(page.locator(".qswap-trouble")).to_be_hidden(timeout=5000)
+    expect(page.locator(CELLS)).to_have_count(304)
+
+
+def test_a_slow_server_is_left_alone_for_as_long_as_it_takes_to_answer(serve, host, page):
+    page.goto(serve(host).url)
+    expect(page.locator(CELLS)).to_have_count(304)
+    snapshot = host.snapshot
+
+    def slow() -> dict:
+        time.sleep(0.3)
+        return snapshot()
+
+    host.snapshot = slow
+    time.sleep(0.5)
+    assert 2 <= polls_during(host, 3.0) <= 6
 
 
 def test_two_panels_share_one_poll(serve, host, page):
@@ -541,6 +790,44 @@ def test_the_theme_is_the_pages_own_or_else_the_systems(serve, host, page, body_
     ink = page.locator(".qswap-verdict").evaluate("text => getComputedStyle(text).color")
     assert (lightness(surface) < 20) == dark
     assert abs(lightness(surface) - lightness(ink)) > 70
+
+
+@pytest.mark.parametrize(("system", "dark"), [("light", False), ("dark", True)])
+def test_browsers_without_light_dark_have_the_colours_as_well(serve, host, page, system, dark):
+    page.emulate_media(color_scheme=system)
+    html = page_html(mount_html("panel", hz=HZ)).replace("light-dark(", "not-known-here(")
+    page.goto(serve(host, html).url)
+    expect(page.locator(CELLS)).to_have_count(304)
+
+    names = sorted(set(re.findall(r"(--qs-(?!if-)[\w-]+):", stylesheet())))
+    assert len(names) > 15
+    unknown = page.evaluate(
+        """(names) => {
+            const style = getComputedStyle(document.querySelector('.qswap-panel'));
+            return names.filter((name) => !CSS.supports('color', style.getPropertyValue(name)));
+        }""",
+        names,
+    )
+    assert unknown == []
+    surface = page.locator(".qswap-model[open]").evaluate("card => getComputedStyle(card).backgroundColor")
+    ink = page.locator(".qswap-verdict").evaluate("text => getComputedStyle(text).color")
+    assert (lightness(surface) < 20) == dark
+    assert abs(lightness(surface) - lightness(ink)) > 70
+
+
+def test_in_a_narrow_page_nothing_sticks_out_and_messages_have_room(serve, host, page):
+    main = host._main_model
+    host._main_model = lambda now: {**main(now), "name": "KModel" + "_of_a_long_name" * 6}
+    page.set_viewport_size({"width": 320, "height": 900})
+    page.goto(serve(host).url)
+    expect(page.locator(CELLS)).to_have_count(304)
+
+    assert page.evaluate("document.documentElement.scrollWidth") == 320
+    boxes = page.locator(".qswap-message-text:visible").evaluate_all(
+        "all => all.map(e => e.getBoundingClientRect().width)"
+    )
+    assert len(boxes) == 2
+    assert min(boxes) > 200
 
 
 def test_the_page_gets_one_global_only(serve, host, page):
