@@ -477,3 +477,5 @@ def test_bench_calls_ggmls_function_for_every_row(small_weight, tmp_path):
 
     assert run("Q6_K") is None
     assert torch.equal(run("Q4_K")(), torch.ones(64, 256))
+    with pytest.raises(ValueError, match="computes on the CPU"):
+        bench_dequant.find_peers(None, library, torch.device("cuda"))

@@ -490,6 +490,7 @@ def test_a_type_that_nothing_unpacks_is_named_when_its_tensor_is_asked_for(write
     content = gguf_bytes([Tensor("fine"), Tensor("blocks.0.odd", (1, 256), q8_1, bytes(320))])
     file = open_gguf(write(content))
     assert file["fine"].ggml_type == "Q4_K"
+    assert "blocks.0.odd" in file
     with pytest.raises(
         GGUFError, match=r"tensor blocks\.0\.odd \(type\): Q8_1 .* take a file of another type"
     ):

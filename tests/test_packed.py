@@ -16,7 +16,7 @@ from swap_models import packed_bytes
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lib_qswap.quant.formats import FORMATS
+from lib_qswap.quant.formats import FORMATS, scaled
 from lib_qswap.quant.gguf_file import FileSlice, MappedFile, open_gguf
 from lib_qswap.quant.packed import PackedTensor
 
@@ -150,6 +150,41 @@ def test_its_repr_is_one_short_line_and_unpacks_nothing(no_unpacking):
     expected = "PackedTensor(Q8_0, shape=(64, 512), dtype=torch.float16, device=cpu, pinned=False)"
     assert repr(tensor) == str(tensor) == f"{tensor}" == expected
     assert repr(nn.Parameter(tensor, requires_grad=False)) == expected
+
+
+def packed_parameter(format, shape, seed=0):
+    packed = torch.frombuffer(bytearray(packed_bytes(format.name, shape, seed)), dtype=torch.uint8)
+    return nn.Parameter(PackedTensor(packed, format, shape), requires_grad=False)
+
+
+class Layers(nn.Module):
+    """A linear layer, and rows of an embedding of another type and scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(8, 256, device="meta")
+        self.linear = nn.Linear(256, 64, device="meta")
+        for module, format, shape in (
+            (self.embedding, scaled("F8_E4M3", 0.5), (8, 256)),
+            (self.linear, FORMATS["Q4_K"], (64, 256)),
+        ):
+            module.weight = packed_parameter(format, shape)
+        self.linear.bias = nn.Parameter(torch.linspace(-1, 1, 64).half(), requires_grad=False)
+
+    def forward(self, indices):
+        return self.linear(self.embedding(indices))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_model_with_packed_weights_can_be_compiled_in_one_graph():
+    layers = Layers()
+    first, second = torch.tensor([1, 5, 2]), torch.tensor([0, 7, 7])
+    compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for indices in (first, second):
+            expected = layers(indices)
+            assert expected.isfinite().all()
+            assert torch.equal(compiled(indices), expected)
 
 
 def test_it_can_be_referenced_weakly_and_is_freed_by_reference_count():

@@ -79,6 +79,9 @@ class GGUFFile(Mapping[str, PackedTensor]):
             packed = _copied(source) if _is_copied(info) else file.tensor(info.offset, info.nbytes)
             return PackedTensor(packed, info.format, info.shape, info.format.dtype or torch.float16, source)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name  # Mapping's own would build the tensor.
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)
 

@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from . import packed_bytes
 from .formats import Format, scaled
+from .traced import is_pinned
 from .unpack import Arithmetic
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ class PackedTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"{type(self).__name__}({self.format.name}, shape={tuple(self.shape)}, dtype={self.dtype},"
-            f" device={self.device}, pinned={self.packed.is_pinned()})"
+            f" device={self.device}, pinned={is_pinned(self.packed)})"
         )
 
 

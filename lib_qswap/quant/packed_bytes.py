@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import traced
 from .formats import Format
 from .unpack import unpack
 
@@ -66,7 +67,7 @@ def _write_values(format: Format, packed: Tensor, out: Tensor, arithmetic: dict[
         # The bytes are the values, in either arithmetic.
         out.copy_(packed.view(-1).view(format.dtype).view(out.shape))
     elif out.dtype in _UNPACKED_DTYPES:
-        unpack(format, packed, out, **arithmetic)
+        (traced.unpack if traced.is_traced(packed) else unpack)(format, packed, out, **arithmetic)
     else:
         unpacked = torch.empty(out.shape, dtype=torch.float32, device=packed.device)
         out.copy_(unpack(format, packed, unpacked, **arithmetic))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .packed import PackedTensor, implements
+from .traced import is_pinned
 
 
 @implements(
@@ -38,7 +39,7 @@ def _copy_into(func: Any, tensor: Tensor, source: Tensor, non_blocking: bool = F
 
 
 def _copy_of(tensor: PackedTensor, *, pin: bool = False) -> Tensor:
-    return tensor.copy_packed(torch.empty_like(tensor.packed, pin_memory=pin or tensor.packed.is_pinned()))
+    return tensor.copy_packed(torch.empty_like(tensor.packed, pin_memory=pin or is_pinned(tensor.packed)))
 
 
 def _packed_on(tensor: PackedTensor, device: torch.device | None, non_blocking: bool) -> Tensor:

@@ -159,7 +159,9 @@ def find_peers(comfyui_gguf: Path | None, ggml: Path | None, device: torch.devic
         peers["diffusers"] = _Diffusers(diffusers_gguf)
     if comfyui_gguf is not None:
         peers["ComfyUI-GGUF"] = _ComfyUI(_module_of_file(comfyui_gguf / "dequant.py"))
-    if ggml is not None and device.type == "cpu":
+    if ggml is not None:
+        if device.type != "cpu":
+            raise ValueError(f"{ggml} computes on the CPU, beside nothing on {device}: add --device cpu")
         peers["ggml C"] = _GgmlC(ggml)
     return peers
 
