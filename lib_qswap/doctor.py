@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from lib_qswap import __version__
-from lib_qswap.swap.device import Device, available_ram_bytes, device_of, total_ram_bytes
+from lib_qswap.swap.device import Device, device_of
 from lib_qswap.swap.home import default_pin_budget_bytes
+from lib_qswap.swap.ram import available_ram_bytes, total_ram_bytes
 
 GB = 1 << 30
 PAGE_LOCK_TRIAL_BYTES = 64 << 20

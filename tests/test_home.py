@@ -17,6 +17,7 @@ from lib_qswap.quant.gguf_file import GGUFError, MappedFile, open_gguf
 from lib_qswap.swap import arena, copier
 from lib_qswap.swap import device as devices
 from lib_qswap.swap import home as homes
+from lib_qswap.swap import ram as rams
 from lib_qswap.swap.arena import HostBuffer
 from lib_qswap.swap.device import device_of
 from lib_qswap.swap.execute import gather_rows
@@ -192,10 +193,47 @@ def test_a_file_that_a_container_has_in_its_cache_takes_no_ram_away(tmp_path, mo
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(devices, "CONTROL_GROUP", tmp_path)
-    assert devices.available_ram_bytes() == 2_500_000
+    monkeypatch.setattr(rams, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(rams, "OWN_GROUPS", tmp_path / "own")
+    assert rams.available_ram_bytes() == 2_500_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert devices.available_ram_bytes() > 2_500_000
+    assert rams.available_ram_bytes() > 2_500_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+@pytest.mark.parametrize(
+    ("own", "folder", "limit", "used", "prefix"),
+    [
+        ("0::/user.slice/web.service\n", "", "memory.max", "memory.current", ""),
+        (
+            "4:cpu,memory:/user.slice/web.service\n0::/\n",
+            "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_",
+        ),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_the_narrowest_of_the_groups_around_a_process_counts(
+    tmp_path, monkeypatch, own, folder, limit, used, prefix
+):
+    monkeypatch.setattr(rams, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(rams, "OWN_GROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text(own)
+    groups = {"user.slice": (5_000_000, 4_000_000), "user.slice/web.service": (8_000_000, 10)}
+    for path, numbers in groups.items():
+        group = tmp_path / folder / path
+        group.mkdir(parents=True, exist_ok=True)
+        for name, number in zip((limit, used), numbers, strict=True):
+            (group / name).write_text(f"{number}\n")
+        (group / "memory.stat").write_text(f"cache 7\n{prefix}inactive_file 600\n{prefix}active_file 50\n")
+    assert rams.total_ram_bytes() == 5_000_000
+    assert rams.available_ram_bytes() == 1_000_650
+    # What limits nobody is a number as large as can be in version 1, and a word in version 2.
+    for path in groups:
+        (tmp_path / folder / path / limit).write_text("9223372036854771712\n" if folder else "max\n")
+    assert rams.available_ram_bytes() > 5_000_000
 
 
 def test_a_system_that_does_not_say_what_is_available_has_half_of_it(monkeypatch):
@@ -209,10 +247,10 @@ def test_a_system_that_does_not_say_what_is_available_has_half_of_it(monkeypatch
     def no_such_file(*_args, **_kwargs):
         raise FileNotFoundError
 
-    monkeypatch.setattr(devices.os, "sysconf", sysconf)
-    monkeypatch.setattr(devices, "open", no_such_file, raising=False)
-    assert devices.total_ram_bytes() == 4 << 30
-    assert devices.available_ram_bytes() == 2 << 30
+    monkeypatch.setattr(rams.os, "sysconf", sysconf)
+    monkeypatch.setattr(rams, "open", no_such_file, raising=False)
+    assert rams.total_ram_bytes() == 4 << 30
+    assert rams.available_ram_bytes() == 2 << 30
 
 
 def test_ram_that_cannot_be_had_leaves_masters_where_they_are(sim, tmp_path, monkeypatch):
@@ -339,7 +377,7 @@ def test_page_locked_memory_is_counted_and_given_back():
 def test_memory_that_was_freed_is_given_back_to_the_system():
     code = """if True:
         import ctypes
-        from lib_qswap.swap.device import give_back_freed_ram
+        from lib_qswap.swap.ram import give_back_freed_ram
 
         libc = ctypes.CDLL(None)
         libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

@@ -17,10 +17,11 @@ from lib_qswap.quant import kernels
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap import ledger
 from lib_qswap.swap.conditioning import FLUX, SD3, Conditioning
-from lib_qswap.swap.device import device_of, give_back_freed_ram, has_module
+from lib_qswap.swap.device import device_of, has_module
 from lib_qswap.swap.device_state import state_of
 from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.manager import Attachment
+from lib_qswap.swap.ram import give_back_freed_ram
 
 from . import notices, positions, settings
 

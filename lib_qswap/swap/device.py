@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,14 +17,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from lib_qswap.swap.ram import available_ram_bytes, total_ram_bytes
+
 T = TypeVar("T")
 
 ALIGNMENT_BYTES = 256
 """Every part of a payload starts at a multiple of this: what CUDA's own allocator guarantees, and enough for
 any vector load."""
-
-
-CONTROL_GROUP = "/sys/fs/cgroup"
 
 
 def align(nbytes: int) -> int:
@@ -232,65 +230,6 @@ def _cuda_runtimes() -> list[str]:
     if sys.platform == "win32":
         return [f"cudart64_{major}.dll", f"cudart64_{major}0.dll"]
     return [f"libcudart.so.{major}", f"libcudart.so.{major}.0"]
-
-
-def total_ram_bytes() -> int:
-    """RAM of this machine, or of the container where that is less."""
-    total = _meminfo("MemTotal")
-    limit = _cgroup("memory.max")
-    return min(total, limit) if limit else total
-
-
-def available_ram_bytes() -> int:
-    """RAM that can be had without swapping, within the container's limit. What caches files can be had."""
-    available = _meminfo("MemAvailable")
-    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-    if not limit or not used:
-        return available
-    cached = _cgroup("memory.stat", "inactive_file") + _cgroup("memory.stat", "active_file")
-    return min(available, limit - used + cached)
-
-
-def give_back_freed_ram() -> None:
-    """Returns what was freed to the system: glibc keeps it for each thread, in pieces that the next model's
-    weights do not fit into, so that a web UI grows with every checkpoint that it changes to."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # Another C library has no such function.
-            ctypes.CDLL(None).malloc_trim(0)
-
-
-def _meminfo(field: str) -> int:
-    if sys.platform == "win32":
-
-        class Status(ctypes.Structure):  # MEMORYSTATUSEX
-            _fields_ = [
-                ("length", ctypes.c_ulong),
-                ("load", ctypes.c_ulong),
-                *((n, ctypes.c_ulonglong) for n in ("total", "available", "a", "b", "c", "d", "e")),
-            ]
-
-        status = Status(length=ctypes.sizeof(Status))
-        ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
-        return status.total if field == "MemTotal" else status.available
-    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if field == "MemTotal":
-        return total
-    with contextlib.suppress(ValueError, OSError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return total // 2  # macOS does not say.
-
-
-def _cgroup(name: str, field: str | None = None) -> int:
-    """The number in a file of the control group, or in its line `field`; 0: there is none."""
-    with contextlib.suppress(OSError, ValueError), open(f"{CONTROL_GROUP}/{name}", encoding="ascii") as file:
-        if field is None:
-            return int(file.read())
-        return next((int(line.split()[1]) for line in file if line.startswith(field + " ")), 0)
-    return 0
 
 
 _devices: dict[torch.device, Device] = {}

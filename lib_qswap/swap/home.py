@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 import torch
 
 from lib_qswap.swap import planner
-from lib_qswap.swap.device import Device, available_ram_bytes, total_ram_bytes
+from lib_qswap.swap.device import Device
+from lib_qswap.swap.ram import available_ram_bytes, total_ram_bytes
 
 if TYPE_CHECKING:
     from lib_qswap.swap.layer import Layer, Part
