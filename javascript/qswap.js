@@ -11,6 +11,7 @@
 
     const ANSWER_TIMEOUT_MS = 10000;
     const LONGEST_WAIT_MS = 30000;
+    const LONGEST_REST_MS = 2000;
     const SCAN_DELAY_MS = 100;
     const HIGHEST_HZ = 10;
 
@@ -71,10 +72,10 @@
 
             const hz = this.hz();
             const took = performance.now() - began;
-            // A server that is slow to answer has other things to do: it rests for as long as it took.
+            // A server that is slow to answer has other things to do: it rests for as long as it took. (Or the page stood still.)
             const wait = trouble
                 ? Math.min(LONGEST_WAIT_MS, 1000 * 2 ** (this.failures - 1))
-                : Math.max(took, 1000 / (hz || 1) - took);
+                : Math.max(Math.min(took, LONGEST_REST_MS), 1000 / (hz || 1) - took);
             if (trouble !== this.trouble) {
                 news = [trouble ? `${trouble}.` : "The server answers again.", ...news];
             }
@@ -115,18 +116,23 @@
             if (text === this.text) {
                 return [];
             }
+            const before = this.snapshot;
             try {
-                const snapshot = this.unfold(JSON.parse(text));
-                const news = this.snapshot ? qswap.words.news(this.snapshot, snapshot) : [];
-                this.snapshot = snapshot;
+                this.snapshot = this.unfold(JSON.parse(text));
                 this.text = text;
-                return news;
             } catch (error) {
                 this.layouts = new Map(); // The next answer is to be a whole one.
+                this.text = null;
                 if (this.failures === 0) {
                     console.error("QSwap:", error);
                 }
                 throw problem("The server's answer is not one of QSwap's");
+            }
+            try {
+                return before ? qswap.words.news(before, this.snapshot) : [];
+            } catch (error) {
+                console.error("QSwap:", error);
+                return [];
             }
         }
 

@@ -20,7 +20,7 @@
             this.root.setAttribute("role", "slider");
             this.root.setAttribute("aria-valuemin", "1");
             this.root.addEventListener("pointerover", (event) => this.point(event.target));
-            this.root.addEventListener("pointerleave", () => this.leave());
+            this.root.addEventListener("pointerleave", () => this.hideTooltip());
             this.root.addEventListener("focus", () => this.root.matches(":focus-visible") && this.read(this.cursor));
             this.root.addEventListener("blur", () => this.leave());
             this.root.addEventListener("keydown", (event) => this.key(event));
@@ -33,6 +33,9 @@
             this.layers = layers;
             this.cursor = Math.min(this.cursor, layers.length - 1);
             this.root.replaceChildren(...this.build(layers));
+            if (this.root.matches(":focus-visible")) {
+                this.cells[this.cursor].setAttribute("data-cursor", "");
+            }
             dom.setAttribute(this.root, "aria-valuemax", String(layers.length));
             this.say();
         }
@@ -126,7 +129,6 @@
             this.cursor = index;
             this.cells[index].setAttribute("data-cursor", "");
             this.say();
-            this.cells[index].scrollIntoView({ block: "nearest" });
             this.tooltip.show(this.cells[index], this.layers[index]);
         }
 
@@ -158,7 +160,9 @@
             }[event.key];
             if (target !== undefined) {
                 event.preventDefault();
-                this.read(Math.min(last, Math.max(0, target)));
+                const index = Math.min(last, Math.max(0, target));
+                this.cells[index].scrollIntoView({ block: "nearest" });
+                this.read(index);
             } else if (event.key === "Escape" && this.tooltip.anchor) {
                 event.stopPropagation(); // Forge takes it for "Interrupt".
                 this.tooltip.hide();

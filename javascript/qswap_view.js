@@ -12,6 +12,7 @@
     const dom = (qswap.dom = qswap.dom || {});
 
     const MESSAGES_SHOWN = 4;
+    const SPOKEN_MS = 5000; // Then it is no news to who comes to read the page.
 
     /** The bar of the device's memory with its key. */
     class MemoryBar {
@@ -124,10 +125,14 @@
             const head = dom.element("summary", "qswap-model-head", dom.caret(), ...line);
             this.legendLine = dom.element("div", "qswap-legend-line", this.legend.root, this.button);
             this.root = dom.element("details", "qswap-model", head, this.figures.root, this.legendLine, this.strip.root);
-            // What the reader opened or closed stays so; until then the models that are active are open.
+            // What the reader opened or closed (the browser's search does, too) stays so; until then the models that are active
+            // are open.
             this.touched = false;
-            head.addEventListener("click", () => (this.touched = true));
-            this.root.addEventListener("toggle", () => this.update(this.model, this.device));
+            this.set = false;
+            this.root.addEventListener("toggle", () => {
+                this.touched = this.touched || this.root.open !== this.set;
+                this.update(this.model, this.device);
+            });
         }
 
         /** Whether this card can show that model, with other layers perhaps. */
@@ -164,7 +169,7 @@
             // A card that closes takes the keyboard's focus away: not while it is in there.
             const open = Boolean(model.active) || (this.root.open && this.root.matches(":focus-within"));
             if (!this.touched && this.root.open !== open) {
-                this.root.open = open;
+                this.root.open = this.set = open;
             }
             if (this.root.open) {
                 this.figures.update(model, device);
@@ -223,10 +228,6 @@
             this.root.setAttribute("aria-label", "Messages");
         }
 
-        get shown() {
-            return !this.root.hidden;
-        }
-
         update(snapshot) {
             const latest = qswap.words.latestMessages(snapshot, MESSAGES_SHOWN);
             dom.show(this.root, latest.length > 0);
@@ -250,7 +251,7 @@
             this.verdict = dom.label("div", "qswap-verdict");
             this.location = dom.label("span", "qswap-muted qswap-location");
             this.trouble = dom.label("div", "qswap-trouble");
-            this.fault = dom.label("div", "qswap-muted qswap-fault");
+            this.fault = dom.label("div", "qswap-fault");
             // Apart from what is seen, which changes all the time: screen readers read out every change of this one.
             this.spoken = dom.label("div", "qswap-spoken");
             this.spoken.setAttribute("role", "status");
@@ -279,6 +280,7 @@
         }
 
         remove() {
+            clearTimeout(this.silence);
             window.removeEventListener("scroll", this.onScroll, { capture: true });
             this.root.remove();
         }
@@ -317,8 +319,10 @@
         say(sentences) {
             const text = sentences.join(" ");
             if (text) {
+                clearTimeout(this.silence);
                 // The same once more is a change, too.
                 this.spoken.setText(text === this.spoken.textContent ? `${text}\u00a0` : text);
+                this.silence = setTimeout(() => this.spoken.setText(""), SPOKEN_MS);
             }
         }
 
@@ -332,10 +336,13 @@
             const kernel = snapshot.unpack_kernel ? ` · unpacked by ${snapshot.unpack_kernel}` : "";
             dom.show(this.location, enabled && Boolean(location));
             this.location.setText(`Swap location: ${location}${kernel}`);
+            dom.show(this.body, enabled);
+            if (!enabled) {
+                return;
+            }
+            this.memory.update(snapshot);
+            this.drawModels(qswap.words.list(snapshot.models), qswap.words.deviceWord(snapshot));
             this.messages.update(snapshot);
-            dom.show(this.body, enabled || this.messages.shown);
-            this.memory.update(enabled ? snapshot : {});
-            this.drawModels(enabled ? qswap.words.list(snapshot.models) : [], qswap.words.deviceWord(snapshot));
         }
 
         /** Cards stay where they are as long as their models do: a new one, or one that moves, loses the keyboard's focus. */

@@ -165,7 +165,7 @@
         const rate = isNumber(step.h2d_bytes) && step.seconds > 0 ? step.h2d_bytes / step.seconds : null;
         const bound =
             step.bound_s > step.compute_s * 1.02
-                ? "; the link is the limit, a larger budget helps"
+                ? "; the link is the limit: more free GPU memory helps, or a smaller image"
                 : "";
         return [
             {
@@ -297,15 +297,8 @@
         return !isAlarming(message) ? "Note" : message.level === "error" ? "Error" : "Warning";
     }
 
-    /**
-     * The newest messages, oldest first, at most `most`; a warning is kept longer than what only informs. Of a QSwap that is
-     * off without being switched off: the errors, which may be why.
-     */
+    /** The newest messages, oldest first, at most `most`; a warning is kept longer than what only informs. */
     function latestMessages(snapshot, most) {
-        if (snapshot.enabled === false) {
-            const chosen = snapshot.settings && snapshot.settings.qswap_enabled === false;
-            return chosen ? [] : list(snapshot.messages).filter((message) => message.level === "error").slice(-most);
-        }
         const all = list(snapshot.messages).slice(-40);
         const warnings = all.filter(isAlarming).slice(-most);
         const others = all.filter((message) => !warnings.includes(message)).slice(-Math.max(1, most - warnings.length));
@@ -320,7 +313,9 @@
         const stepping = (snapshot) => names(managed(snapshot).filter(hasStepsToCome));
         const without = (all, some) => all.filter((each) => !some.includes(each));
         const there = names(managed(after));
-        const known = list(before.messages).map(gist);
+        const known = new Map(list(before.messages).map((message) => [gist(message), message.t]));
+        const isNew = (message) =>
+            message.level === "error" ? message.t !== known.get(gist(message)) : !known.has(gist(message));
         const alarms = latestMessages(after, 4).filter(isAlarming);
         return [
             ...without(active(after), active(before)).map((name) => `${name} is loaded.`),
@@ -328,7 +323,7 @@
                 .filter((name) => there.includes(name))
                 .map((name) => `${name} comes to the end of its steps.`),
             ...alarms
-                .filter((message) => !known.includes(gist(message)))
+                .filter(isNew)
                 .map((message) => `${levelWord(message)}: ${message.text}`),
         ];
     }
@@ -343,10 +338,15 @@
         return String(message.text).replace(/\d+(\.\d+)?(?= [MG]B\b)/g, "");
     }
 
-    /** Why QSwap is off, where its host says so. */
+    /** That QSwap is off, and why as far as its host says so. */
     function whyOff(snapshot) {
         const host = snapshot.host || {};
-        return host.supported === false && host.reason ? `QSwap is off: ${host.reason}` : "QSwap is off.";
+        const settings = snapshot.settings || {};
+        const reason = (host.supported === false && host.reason) || host.error;
+        if (reason) {
+            return `QSwap is off: ${reason}`;
+        }
+        return settings.qswap_enabled ? "QSwap is off until the next generation." : "QSwap is off.";
     }
 
     function clock(t) {

@@ -80,6 +80,8 @@ def test_a_part_that_fails_leaves_forge_as_it_was(forge, capsys):
     forge.load_scripts()
     assert forge.memory_management.load_models_gpu is before
     assert "[QSwap] off, Forge stays as it is: RuntimeError: no such hook" in capsys.readouterr().out
+    status = forge.qswap("extension").status()
+    assert (status["supported"], status["error"]) == (True, "RuntimeError: no such hook")
     forge.generate()
 
 

@@ -444,6 +444,10 @@ def test_what_happens_is_read_aloud_once(serve, host, page):
     assert heard() == []
     host.messages.append({"t": 4.0, "level": "error", "text": "it went wrong"})
     assert heard() == ["Error: it went wrong"]
+    host.messages[-1] = {"t": 5.0, "level": "error", "text": "it went wrong"}  # once more
+    assert heard() == ["Error: it went wrong"]
+    # Who comes to read the page later finds no old news.
+    page.wait_for_function("() => !document.querySelector('#a .qswap-spoken').textContent")
 
 
 def test_a_dead_server_is_read_aloud_once(serve, host, page):
@@ -485,6 +489,16 @@ def test_an_unloaded_model_is_closed_and_one_that_is_left_to_the_host_says_why(s
     expect(page.locator("details.qswap-model[open]")).to_have_count(2)  # an update does not close it again
 
 
+def test_a_card_that_the_browsers_search_opens_stays_open(serve, host, page):
+    page.goto(serve(host).url)
+    card = page.locator("details:has-text('JointTextEncoder')")
+    expect(card).not_to_have_attribute("open", "")
+    card.evaluate("(card) => { card.open = true; }")
+    host.clock.now = 1.0
+    polls_during(host, 0.5)
+    expect(card).to_have_attribute("open", "")
+
+
 def test_off_is_one_line(serve, host, page):
     host.enabled = False
     page.goto(serve(host).url)
@@ -492,26 +506,21 @@ def test_off_is_one_line(serve, host, page):
     expect(page.locator(".qswap-panel")).to_have_text("QSwap is off.", use_inner_text=True)
 
 
-def test_off_without_being_switched_off_shows_the_error(serve, host, page):
+def test_why_it_is_off_is_said(serve, host, page):
     host.enabled = False
-    error = "off, Forge stays as it is: TypeError: it could not start"
-    host.messages += [
-        {"t": 1.0, "level": "error", "text": error},
-        *({"t": 2.0 + i, "level": "warning", "text": f"warning {i}"} for i in range(50)),
-    ]
-    settings, status = {}, {}
+    host.messages.append({"t": 1.0, "level": "error", "text": "of an hour ago"})
+    settings, status = {"qswap_enabled": True}, {"supported": True, "reason": None, "error": None}
     snapshot = host.snapshot
     host.snapshot = lambda: {**snapshot(), "settings": settings, "host": status}
     page.goto(serve(host).url)
     panel = page.locator(".qswap-panel")
 
-    expect(page.locator(".qswap-message:visible")).to_have_text(re.compile(f"^⚠ Error.*{error}$"))
-    expect(page.locator(".qswap-verdict")).to_have_text("QSwap is off.")
-    expect(page.locator(".qswap-memory, .qswap-model").locator("visible=true")).to_have_count(0)
-    status |= {"supported": False, "reason": "this is no Forge"}
-    expect(page.locator(".qswap-verdict")).to_have_text("QSwap is off: this is no Forge")
-    expect(panel).to_contain_text(error)
-    status.clear()
+    expect(panel).to_have_text("QSwap is off until the next generation.", use_inner_text=True)
+    status["error"] = "TypeError: it could not start"
+    expect(panel).to_have_text("QSwap is off: TypeError: it could not start", use_inner_text=True)
+    status |= {"supported": False, "reason": "this is no Forge", "error": None}
+    expect(panel).to_have_text("QSwap is off: this is no Forge", use_inner_text=True)
+    status["supported"] = True
     settings["qswap_enabled"] = False
     expect(panel).to_have_text("QSwap is off.", use_inner_text=True)
     settings["qswap_enabled"] = host.enabled = True
@@ -635,7 +644,8 @@ def test_an_error_while_drawing_is_shown_and_polling_goes_on(serve, host, page):
         assert polls_during(host, 0.3) >= 2
     assert len(said) == 1, said
 
-    page.evaluate("() => { qswap.words.figures = window.figures; }")
+    # What is said of it is no more than a help.
+    page.evaluate("() => { qswap.words.news = () => null.news; qswap.words.figures = window.figures; }")
     host.clock.now = 1.5
     expect(fault).to_be_hidden()
 

@@ -20,6 +20,8 @@ _lock = threading.RLock()
 _probe: ProbeResult | None = None
 _table: PatchTable | None = None
 _starts = 0
+_error: str | None = None
+"""Why the last start failed."""
 _suspended: tuple[weakref.ref, str] | None = None
 """The engine that was loaded when the scripts were unloaded, and Forge's mark that it is up to date."""
 _computed_with: tuple[bool, str, str | None, str] | None = None
@@ -32,9 +34,10 @@ def start() -> None:
     """Called whenever Forge loads `scripts/qswap.py`: at its start and on every Reload UI. Looks at the web
     UI and, if it is one that QSwap knows and QSwap is enabled, replaces its memory management. Never raises:
     whatever goes wrong, Forge stays as it was and a notice says why."""
-    global _probe, _table, _starts, _loaded_dtype
+    global _probe, _table, _starts, _loaded_dtype, _error
     with _lock:
         _starts += 1
+        _error = None
         try:
             if _table is None:
                 _probe = probe()
@@ -49,7 +52,8 @@ def start() -> None:
                 _resume_model()
         except Exception as error:
             _table = None
-            notices.notice(f"off, Forge stays as it is: {type(error).__name__}: {error}", "error")
+            _error = f"{type(error).__name__}: {error}"
+            notices.notice(f"off, Forge stays as it is: {_error}", "error")
 
 
 def stop() -> None:
@@ -108,10 +112,10 @@ def applied() -> bool:
 
 
 def status() -> dict[str, Any]:
-    """For the panel: `{"family", "family_name", "supported", "reason"}`, or empty before `start`."""
-    if _probe is None:
-        return {}
-    return {key: value for key, value in _probe.as_dict().items() if key != "hooks"}
+    """For the panel: `{"family", "family_name", "supported", "reason", "error"}`, without the first four where
+    there was no probe; `error`: why the last start failed, None where it did not."""
+    found = {} if _probe is None else _probe.as_dict()
+    return {**{key: value for key, value in found.items() if key != "hooks"}, "error": _error}
 
 
 def _all_patches() -> list[Patch]:
