@@ -50,7 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Unpacking alone is many short operations, and measured as a web UI runs it, with threads that spin.
     if getattr(parsed, "what", None) != "dequant":
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from torch.cuda import OutOfMemoryError  # of every device, by the name that torch 2.3 has as well
+    try:
+        from torch.cuda import OutOfMemoryError  # of every device, by the name that torch 2.3 has as well
+    except ModuleNotFoundError as error:
+        lacks = str(error.name).partition(".")[0]
+        print(
+            f"qswap: {sys.executable} has no {lacks}: take the Python of the web UI, in its venv folder",
+            file=sys.stderr,
+        )
+        return 2
 
     from lib_qswap import GGUFError
     from lib_qswap.panel.report import printable

@@ -459,6 +459,21 @@ def test_bench_compares_unpacking_with_the_peers_that_have_the_type(small_weight
     assert rows[3][-1] == "-"
 
 
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from lib_qswap.cli import main
+sys.exit(main(["doctor"]))
+"""
+
+
+def test_a_python_without_torch_is_told_where_there_is_one():
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"qswap: {sys.executable} has no torch: take the Python of the web UI")
+
+
 GGML = "void dequantize_row_q4_K(const void *x, float *y, long long k) { while (k--) *y++ = 1; }"
 
 

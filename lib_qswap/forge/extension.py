@@ -112,8 +112,8 @@ def applied() -> bool:
 
 
 def status() -> dict[str, Any]:
-    """For the panel: `{"family", "family_name", "supported", "reason", "error"}`, without the first four where
-    there was no probe; `error`: why the last start failed, None where it did not."""
+    """For the panel: `{"family", "family_name", "supported", "reason", "error"}`; `error`: why the last start
+    failed, None where it did not. Without a probe there is nothing else."""
     found = {} if _probe is None else _probe.as_dict()
     return {**{key: value for key, value in found.items() if key != "hooks"}, "error": _error}
 

@@ -362,6 +362,6 @@ def _settle(transfer: Transfer) -> None:
 def _report_pageable(reason: str) -> None:
     ledger.message(
         f"Staging buffers are ordinary RAM, which makes CPU and Disk slower: {reason}. "
-        "Lower the page-lock budget.",
+        "Allow less page-locked memory.",
         "warning",
     )

@@ -248,8 +248,8 @@ class Attachment:
                 budget_bytes = max(floor, had * 4 // 5)
                 ledger.message(
                     f"{self.name}: the device has no room for {had / 2**20:.0f} MB of weights; trying "
-                    f"{budget_bytes / 2**20:.0f} MB. Close other programs that use the GPU, or lower the "
-                    "budget.",
+                    f"{budget_bytes / 2**20:.0f} MB. Close other programs that use the GPU, or give the "
+                    "weights less of its memory.",
                     "warning",
                 )
 
@@ -397,7 +397,7 @@ class Attachment:
                 budget.limit_bytes = budget.used_bytes  # Asking again, and copying for it, would be in vain.
             ledger.message(
                 f"{self.name}: {refused}; what could not be page-locked is read from ordinary RAM, or from "
-                "the file. Lower the page-lock budget, or choose CPU.",
+                "the file. Allow less page-locked memory, or choose CPU.",
                 "warning",
             )
 
