@@ -19,6 +19,7 @@ from lib_qswap.quant import kernels
 from lib_qswap.quant.gguf_file import GGUFError
 from lib_qswap.swap import adaptation, inventory, ledger
 from lib_qswap.swap.device import device_of
+from lib_qswap.swap.profile import Work
 
 pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("engine")]
 
@@ -285,12 +286,28 @@ def test_a_clone_of_a_model_that_forge_has_whole_on_the_device_is_taken_over(for
     assert attachment.device.memory_bytes()[0] >= 470 * MB
 
 
-def test_a_preprocessors_preview_meanwhile_takes_residents_between_two_steps(forge_that_loads):
-    """The page loads its model from another thread, whatever runs."""
+def during_a_step(network, do, layer=30):
+    """Lets another thread `do` something in the next step of `network`, which it has to wait for the end of;
+    returns that thread, in a list, and the event of its end."""
+    threads, done = [], threading.Event()
+
+    def begin(_module, _inputs):
+        if not threads:
+            threads.append(threading.Thread(target=lambda: (do(), done.set()), daemon=True))
+            threads[0].start()
+            assert not done.wait(0.3)
+
+    network.layers[layer].register_forward_pre_hook(begin)
+    return threads, done
+
+
+@pytest.mark.parametrize("job", ["the generation's", "its own"])
+def test_a_preprocessors_preview_meanwhile_takes_residents_between_two_steps(forge_that_loads, job):
+    """The page loads its model from another thread, whatever runs; to interrogate, with a job of its own."""
     forge, managed = forge_that_loads, forge_that_loads.qswap("managed")
-    memory = forge.memory_management
+    memory, state = forge.memory_management, forge.shared.state
     patcher, preprocessor = patcher_of(forge), plain_patcher(forge)
-    forge.shared.state.begin("task")
+    state.begin("task")
     forge.qswap("settings").begin_generation({})
     expected = one_step(forge, patcher)
     for _ in range(2):  # What a step needs is known then.
@@ -299,36 +316,69 @@ def test_a_preprocessors_preview_meanwhile_takes_residents_between_two_steps(for
     had = attachment.resident_bytes
     assert had == attachment.payload_bytes
     used = torch.empty(attachment.device.memory_bytes()[0] - 100 * MB, dtype=torch.uint8, device=GPU)
-    loaded = threading.Event()
 
     def preview():
+        if job == "its own":
+            state.begin("interrogate")
         memory.load_models_gpu([preprocessor])
-        loaded.set()
+        if job == "its own":
+            state.end()
 
-    threads = []
-
-    def midway(_module, _inputs):
-        if not threads:
-            threads.append(threading.Thread(target=preview, daemon=True))
-            threads[0].start()
-            assert not loaded.wait(0.3)
-
-    patcher.model.diffusion_model.layers[30].register_forward_pre_hook(midway)
+    threads, done = during_a_step(patcher.model.diffusion_model, preview)
     x = torch.ones(1, 1024, device=GPU)
     with torch.inference_mode():
-        for _ in range(3):
+        for step in range(1, 4):
+            attachment.run.progress(step, 3)
             assert torch.equal(patcher.model.diffusion_model(x, torch.empty(1, 0)).cpu(), expected)
             threads[0].join(20)
-    assert loaded.is_set()
+    assert done.is_set()
     assert next(preprocessor.model.parameters()).device.type == GPU
     assert attachment.is_running
     assert 0 < attachment.resident_bytes < had - 40 * MB
     assert attachment.state.streamer.overflows == 0
     # Afterwards it takes turns like any other.
-    forge.shared.state.end()
+    state.end()
     memory.load_models_gpu([preprocessor])
     assert not attachment.is_running
     del used
+
+
+def test_what_another_thread_loads_is_no_part_of_what_a_step_needs(forge_that_loads):
+    forge = forge_that_loads
+    patcher, preprocessor = patcher_of(forge), plain_patcher(forge)
+    forge.shared.state.begin("task")
+    forge.qswap("settings").begin_generation({})
+    forge.memory_management.load_models_gpu([patcher])
+    network = patcher.model.diffusion_model
+    threads, _done = during_a_step(network, lambda: forge.memory_management.load_models_gpu([preprocessor]))
+    x, image = torch.ones(1, 1024, device=GPU), torch.empty(1, 0)
+    with torch.inference_mode():
+        for _ in range(3):
+            network(x, image)
+            threads[0].join(20)
+    attachment = forge.qswap("managed").attachment_of(patcher.model)
+    need = attachment.adaptation.profile.need(Work(id(network), (x.shape, image.shape)))
+    assert need is not None
+    assert need.nbytes < 10 * MB
+
+
+def test_a_preview_frees_no_memory_of_the_model_that_runs(forge_that_loads, monkeypatch):
+    forge = forge_that_loads
+    memory, patcher = forge.memory_management, patcher_of(forge)
+    monkeypatch.setattr(memory, "ALWAYS_VRAM_OFFLOAD", True)
+    forge.shared.state.begin("task")
+    forge.qswap("settings").begin_generation({})
+    expected = one_step(forge, patcher)
+    threads, done = during_a_step(
+        patcher.model.diffusion_model, lambda: memory.free_memory(64 * MB, torch.device(GPU, 0))
+    )
+    x = torch.ones(1, 1024, device=GPU)
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.equal(patcher.model.diffusion_model(x, torch.empty(1, 0)).cpu(), expected)
+            threads[0].join(20)
+    assert done.is_set()
+    assert forge.qswap("managed").attachment_of(patcher.model).is_running
 
 
 @pytest.mark.parametrize("wish", ["--always-offload-from-vram", "Never OOM", None])

@@ -146,21 +146,17 @@ def test_a_change_during_a_generation_counts_from_the_next_one(forge, settings):
     assert settings.begin_generation({}).location == "disk"
 
 
-def test_only_another_thread_meets_a_generation_that_runs_elsewhere(forge, settings):
-    def seen_from_a_thread():
-        seen = []
-        thread = threading.Thread(target=lambda: seen.append(settings.generation_runs_elsewhere()))
-        thread.start()
-        thread.join()
-        return seen[0]
-
-    assert not seen_from_a_thread()
+def test_the_thread_of_a_generation_is_known_as_long_as_its_job_is(forge, settings):
+    assert settings.generation_thread() is None
     forge.shared.state.begin("first")
     settings.begin_generation({})
-    assert seen_from_a_thread()
-    assert not settings.generation_runs_elsewhere()
+    assert settings.generation_thread() == threading.get_ident()
+    forge.shared.state.job = "Batch 1 out of 3"
+    assert settings.generation_thread() == threading.get_ident()
+    forge.shared.state.begin("interrogate")
+    assert settings.generation_thread() is None
     forge.shared.state.end()
-    assert not seen_from_a_thread()
+    assert settings.generation_thread() is None
 
 
 def test_overrides_of_a_request_hold_for_its_generation_only(forge, settings):

@@ -140,6 +140,15 @@ def test_works_that_take_turns_in_every_step_do_not_move_residents_to_and_fro(hu
         assert attachment.grown_bytes > 100 * MB
 
 
+def test_works_that_take_turns_share_what_both_leave(hungry, expected):
+    with attached(hungry, device=GPU, location="shared", budget_bytes=96 * MB) as attachment:
+        attachment.rebalance(96 * MB, spare_bytes=TOTAL)
+        for _ in range(10):
+            for rows in (10, 12):  # every other step without the negative prompt
+                assert torch.equal(run(hungry, rows), expected)
+        assert attachment.grown_bytes > 100 * MB
+
+
 def test_a_run_that_was_broken_off_is_not_taken_for_what_its_work_lasts(hungry, monkeypatch):
     with attached(hungry, device=GPU, location="shared", budget_bytes=96 * MB) as attachment:
         attachment.rebalance(96 * MB, spare_bytes=TOTAL)

@@ -170,16 +170,33 @@ def test_what_another_thread_changes_waits_for_the_end_of_the_step(sim, compute_
         assert torch.equal(call(model), right)
 
 
+def fail(*_args):
+    raise RuntimeError("stopped by the test")
+
+
+def fail_in_the_midst(model):
+    model.midway = fail
+
+
+def fail_before(model):
+    model.register_forward_pre_hook(fail)
+
+
+def fail_instead(model):
+    model.forward = fail  # over QSwap's own
+
+
+def fail_afterwards(model):
+    model.register_forward_hook(fail)
+
+
 @pytest.mark.simgpu
 @pytest.mark.usefixtures("engine")
-def test_a_forward_that_raised_leaves_the_turn_to_others(sim):
+@pytest.mark.parametrize("failing", [fail_in_the_midst, fail_before, fail_instead, fail_afterwards])
+def test_a_forward_that_raised_leaves_the_turn_to_others(sim, failing):
     model = Chain()
-
-    def fail():
-        raise RuntimeError("stopped by the test")
-
     with attached(model, device=GPU, location="shared", compute_dtype=torch.float32) as attachment:
-        model.midway = fail
+        failing(model)
         with pytest.raises(RuntimeError, match="stopped by the test"):
             call(model)
         thread, had = waiting_for(attachment.state.turn)

@@ -7,6 +7,7 @@ LoRA.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
@@ -170,6 +171,8 @@ def _roots(model: torch.nn.Module) -> list[torch.nn.Module]:
     halves = [getattr(model, name) for name in ("encoder", "decoder") if hasattr(model, name)]
     if halves:
         return halves
+    if type(model).forward is not torch.nn.Module.forward:  # a ControlNet
+        return [model]
     # A text encoder is a dictionary of encoders, each a wrapper around the network that is called.
     return [getattr(child, "transformer", child) for child in model.children()] or [model]
 
@@ -244,11 +247,26 @@ def turn_of(device: torch.device) -> contextlib.AbstractContextManager[None]:
     return state_of(device_of(device)).turn.held()
 
 
+def generation_runs_elsewhere() -> bool:
+    """Whether a generation is going on in another thread than the calling one: what this one loads (a
+    preprocessor for its preview, an interrogator) is not for it."""
+    thread = settings.generation_thread()
+    if thread is not None:
+        return thread != threading.get_ident()
+    return any(attachment.runs_elsewhere for attachment in list(_attachments.values()))
+
+
 def rest_all_but(models: Sequence[torch.nn.Module]) -> None:
     """Only these models run next: the others need no ring and no scratch meanwhile."""
     for model, attachment in list(_attachments.items()):
         if not any(model is one for one in models):
             attachment.rest()
+
+
+def end_measuring() -> None:
+    """What is loaded now is no part of what a step needs."""
+    for attachment in list(_attachments.values()):
+        attachment.adaptation.profile.close()
 
 
 def refuse(model: torch.nn.Module) -> None:

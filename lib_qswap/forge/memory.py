@@ -125,7 +125,7 @@ def _make_room(need_bytes: float, device: torch.device, keep: Sequence[Any]) -> 
     others = [
         other for other in reversed(mm.current_loaded_models) if other.device == device and other not in keep
     ]
-    elsewhere = settings.generation_runs_elsewhere()
+    elsewhere = managed.generation_runs_elsewhere()
     for other in others:
         missing = need_bytes - _free_bytes(device)
         attachment = managed.attachment_of(other.model.model)
@@ -165,9 +165,13 @@ def _drop_abandoned(wanted: Sequence[Any]) -> None:
 
 
 def _is_held_by_others(loaded: Any) -> bool:
-    """Whether anybody but this LoadedModel and its patcher holds the model: another patcher does."""
-    own = 2 if getattr(loaded, "real_model", None) is loaded.model.model else 1
-    return sys.getrefcount(loaded.model.model) > own + 1
+    """Whether anybody but this LoadedModel, its patcher and the model itself holds the model: another patcher
+    does."""
+    model = loaded.model.model
+    own = 1  # the patcher's
+    own += getattr(loaded, "real_model", None) is model
+    own += getattr(getattr(model, "lora_loader", None), "model", None) is model
+    return sys.getrefcount(model) > own + 2  # the one here, and that of this call
 
 
 def _free_memory(
@@ -186,7 +190,8 @@ def _free_memory(
 
 def _free(memory_required: float, device: torch.device, keep_loaded: Sequence[Any], free_all: bool) -> None:
     _drop_abandoned([])
-    if free_all or memory_required >= 1e29 or _offloads_everything():
+    alone = _offloads_everything() and not managed.generation_runs_elsewhere()
+    if free_all or memory_required >= 1e29 or alone:
         _unload_all(device, keep_loaded)
     else:
         _make_room(memory_required, device, keep_loaded)
@@ -240,8 +245,10 @@ def _place(models: Sequence[Any], memory_required: float, hard_memory_preservati
     from backend import memory_management as mm
 
     started = time.perf_counter()
-    elsewhere = settings.generation_runs_elsewhere()
-    if not elsewhere:
+    elsewhere = managed.generation_runs_elsewhere()
+    if elsewhere:
+        managed.end_measuring()
+    else:
         managed.rest_all_but([patcher.model for patcher in models])
     minimum = controls.inference_minimum_bytes()
     inference = max(minimum, memory_required) + hard_memory_preservation + MARGIN_BYTES

@@ -181,11 +181,11 @@ def generation_running() -> bool:
     return _held is not None and _held[0] == _job()
 
 
-def generation_runs_elsewhere() -> bool:
-    """Whether it is going on in another thread than the calling one: what is loaded now (a preprocessor, for
-    its preview) is not for it."""
+def generation_thread() -> int | None:
+    """The thread that it is going on in; None where no such job is known. (Interrogating, which the page does
+    beside whatever runs, begins and ends a job of its own.)"""
     held = _held
-    return held is not None and held[0] == _job() and held[2] != threading.get_ident()
+    return held[2] if held is not None and held[0] == _job() else None
 
 
 def apply(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -223,15 +223,22 @@ class Adaptation(AttachmentPart):
         return forwards + 1
 
     def _forwards_left(self, work: Work) -> int | None:
-        """How many forwards of `work`, this one among them, may come before another work does: as many as
-        last time, or as there have been now; None: not known. Where works take turns in every step (tiles in
+        """How many forwards of `work` may come before another work does, or the run ends: as many as last
+        time, or as there have been now; None: not known. Where works take turns in every step (tiles in
         batches, and a rest), a plan for each would move residents to and fro."""
+        left = self._model.run.steps_left
         if work not in self._lasted:
-            return self._model.run.steps_left
+            return left
         forwards = self._turns[work.root][1]
         expected = max(self._lasted[work] - forwards + 1, forwards)
-        left = self._model.run.steps_left
         return expected if left is None else min(expected, left)
+
+    def _stays(self, work: Work, grown_bytes: int) -> bool:
+        """Whether residents in `grown_bytes` may stay when another work of the same root has its turn."""
+        others = [one for one in self._lasted if one.root == work.root and one != work]
+        return grown_bytes > self._model.grown_bytes and all(
+            self._growth_for(one) >= grown_bytes for one in others
+        )
 
     def _replan(self, work: Work) -> None:
         """Another plan from what was measured for `work`, where it pays."""
@@ -251,7 +258,8 @@ class Adaptation(AttachmentPart):
         self._doubted = False
         if gain is None:
             return
-        if gain.pays_within(self._forwards_left(work)):
+        stays = self._stays(work, grown_bytes)
+        if gain.pays_within(model.run.steps_left if stays else self._forwards_left(work)):
             model.grown_bytes = grown_bytes
             model.fit_into(budget_bytes)
         else:

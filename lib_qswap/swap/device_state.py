@@ -90,7 +90,4 @@ _states: dict[torch.device, DeviceState] = {}
 
 def state_of(device: Device) -> DeviceState:
     """The one state of a device."""
-    found = _states.get(device.device)
-    if found is None:
-        found = _states[device.device] = DeviceState(device)
-    return found
+    return _states.get(device.device) or _states.setdefault(device.device, DeviceState(device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,6 +38,9 @@ from lib_qswap.swap.planner import Plan
 from lib_qswap.swap.plans import Plans
 from lib_qswap.swap.profile import Work
 from lib_qswap.swap.run import Run
+
+LONGEST_STEP_S = 600.0
+"""A run whose last step began longer ago was broken off."""
 
 ASSUMED_LINK_BYTES_PER_S = 12e9
 """What a plan is made from until the first copies are measured: PCIe 3 x16."""
@@ -96,6 +100,7 @@ class Attachment:
         self.grown_bytes = 0
         self.crowded_bytes = 0
         self.used_at = 0.0
+        self._ran_in: int | None = None
         self.adaptation = Adaptation(self)
         self._plans = Plans()
         self.kept: dict[object, torch.Tensor] = {}
@@ -175,6 +180,16 @@ class Attachment:
     @property
     def active(self) -> bool:
         return self.plan is not None
+
+    @property
+    def runs_elsewhere(self) -> bool:
+        """Whether another thread than the calling one is in the midst of a run of it."""
+        return (
+            self.is_running
+            and self.run.goes_on is True
+            and self._ran_in != threading.get_ident()
+            and time.time() - self.used_at < LONGEST_STEP_S
+        )
 
     @property
     def is_running(self) -> bool:
@@ -529,6 +544,7 @@ class Attachment:
         self.state.turn.begin_step()
         try:
             self.used_at = time.time()
+            self._ran_in = threading.get_ident()
             self.state.enter()
             self.idle.before_step(work, asked)
             measured = self.adaptation.before_step(work)

@@ -40,6 +40,11 @@ class ModuleHooks:
             if attachment is not None:
                 attachment.end_step(root)
 
+        def end_turn(_root: torch.nn.Module, _args: Any, _output: Any) -> None:
+            attachment = reference()
+            if attachment is not None:
+                attachment.state.turn.end_step()
+
         def relieve(root: torch.nn.Module) -> bool:
             attachment = reference()
             return attachment is not None and attachment.adaptation.relieve(root)
@@ -54,6 +59,8 @@ class ModuleHooks:
             if root is not None:
                 self._hooks.append(root.register_forward_pre_hook(before, with_kwargs=True))
                 self._hooks.append(root.register_forward_hook(after))
+                # Also where somebody else's hook raises, or a forward that somebody has put over ours.
+                self._hooks.append(root.register_forward_hook(end_turn, always_call=True))
                 self._retrying.append(RetryingForward(root, relieve, abandon))
                 self._retrying[-1].put_in_place()
 

@@ -17,12 +17,13 @@ LOOK_S = 1.0
 class Turn:
     """A lock that belongs to one thread at a time, for as long as a step or a `held` block of it lasts.
 
-    A step that is not ended, since something else raised beside it, blocks others only until the thread's
-    next step or block, or its death.
+    A step that nobody ends blocks others until the end of the thread's next one, its death, or for
+    LONGEST_WAIT_S.
     """
 
     def __init__(self) -> None:
-        self._free = threading.Condition(threading.Lock())
+        # Reentrant: garbage collection, which runs anywhere, may unload a model here.
+        self._free = threading.Condition(threading.RLock())
         self._owner: threading.Thread | None = None
         self._blocks = 0
         self._in_step = False
@@ -56,7 +57,7 @@ class Turn:
         finally:
             with self._free:
                 if self._owner is threading.current_thread():
-                    self._blocks -= 1
+                    self._blocks = max(0, self._blocks - 1)  # Less: it was taken away meanwhile.
                     self._leave()
 
     def _take(self) -> None:

@@ -6,7 +6,9 @@ class ModelPatcher:
         self.model = model
         self.load_device, self.offload_device = load_device, offload_device
         self.lora_patches = {}
-        self.lora_loader = LoraLoader(model)
+        if not hasattr(model, "lora_loader"):
+            model.lora_loader = LoraLoader(model)
+        self.lora_loader = model.lora_loader
 
     def is_clone(self, other):
         return self.model is getattr(other, "model", None)
