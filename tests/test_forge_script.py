@@ -302,6 +302,16 @@ def test_the_infotext_names_what_can_change_the_image(loaded, weight, options, w
     assert p.extra_generation_params == written
 
 
+def test_weights_that_are_packed_while_the_model_is_loaded_are_named_too(loaded):
+    unet = patcher(torch.zeros(2))
+    loaded.sd_models.make_unet = lambda: unet
+
+    def pack(_p):
+        unet.model.register_parameter("w0", torch.nn.Parameter(packed("BNB_NF4"), requires_grad=False))
+
+    assert loaded.generate(during=pack).extra_generation_params == {"QSwap arithmetic": "exact"}
+
+
 def test_pasted_infotext_never_names_a_memory_setting(loaded):
     named = {key for key, info in loaded.shared.opts.data_labels.items() if info.infotext}
     assert named == {"qswap_arithmetic", "qswap_compute_dtype", "qswap_unpack_kernel"}

@@ -46,15 +46,11 @@ class QSwapScript(scripts.Script):
 
     @notices.fails_soft(None)
     def process(self, p: Any, *args: Any) -> None:
-        if not extension.applied() or not _has_quantized_weights(p.sd_model):
-            return
-        chosen = settings.in_effect()
-        if chosen.arithmetic == "exact":
-            p.extra_generation_params["QSwap arithmetic"] = chosen.arithmetic
-        if chosen.compute_dtype != "Auto":
-            p.extra_generation_params["QSwap compute dtype"] = chosen.compute_dtype
-        if chosen.unpack_kernel != "Auto":
-            p.extra_generation_params["QSwap unpacking"] = chosen.unpack_kernel
+        _note_in_infotext(p)
+
+    @notices.fails_soft(None)
+    def postprocess_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        _note_in_infotext(p)  # A bitsandbytes model that QSwap swaps has packed weights since it was loaded.
 
 
 @notices.fails_soft("")
@@ -108,6 +104,18 @@ def _times_of_run(params: Any, engine: Any) -> torch.Tensor | None:
     except Exception as error:  # Of a sampler that is otherwise than Forge's: nothing is lost but time.
         notices.notice(f"the sampler's schedule is not known: {type(error).__name__}: {error}", "debug")
         return None
+
+
+def _note_in_infotext(p: Any) -> None:
+    if not extension.applied() or not _has_quantized_weights(p.sd_model):
+        return
+    chosen = settings.in_effect()
+    if chosen.arithmetic == "exact":
+        p.extra_generation_params["QSwap arithmetic"] = chosen.arithmetic
+    if chosen.compute_dtype != "Auto":
+        p.extra_generation_params["QSwap compute dtype"] = chosen.compute_dtype
+    if chosen.unpack_kernel != "Auto":
+        p.extra_generation_params["QSwap unpacking"] = chosen.unpack_kernel
 
 
 def _has_quantized_weights(engine: Any) -> bool:

@@ -48,5 +48,6 @@ def process_images(p):
         p.scripts.process(p)
         if p.during is not None:
             p.during(p)
+        p.scripts.postprocess_batch(p, [], batch_number=0)
     finally:
         set_config(stored)

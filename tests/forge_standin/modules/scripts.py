@@ -27,6 +27,9 @@ class Script:
     def process(self, p, *args):
         pass
 
+    def postprocess_batch(self, p, *args, **kwargs):
+        pass
+
     def elem_id(self, item_id):
         return f"script_{'img2img' if self.is_img2img else 'txt2img'}_{self.title().lower()}_{item_id}"
 
@@ -57,3 +60,7 @@ class ScriptRunner:
     def process(self, p):
         for script in self.scripts:
             script.process(p)
+
+    def postprocess_batch(self, p, images, **kwargs):
+        for script in self.scripts:
+            script.postprocess_batch(p, images=images, **kwargs)
