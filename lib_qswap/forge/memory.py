@@ -190,19 +190,19 @@ def _free_memory(
 
 def _free(memory_required: float, device: torch.device, keep_loaded: Sequence[Any], free_all: bool) -> None:
     _drop_abandoned([])
-    alone = _offloads_everything() and not managed.generation_runs_elsewhere()
-    if free_all or memory_required >= 1e29 or alone:
+    if free_all or memory_required >= 1e29 or _offloads_others():
         _unload_all(device, keep_loaded)
     else:
         _make_room(memory_required, device, keep_loaded)
 
 
-def _offloads_everything() -> bool:
-    """Whether the user wants no model on the device but those that run: --always-offload-from-vram, or Never
-    OOM."""
+def _offloads_others() -> bool:
+    """Whether the user wants no model on the device but those that run, --always-offload-from-vram or Never
+    OOM, and none of the others runs in another thread."""
     from backend import memory_management as mm
 
-    return bool(mm.ALWAYS_VRAM_OFFLOAD or mm.vram_state == mm.VRAMState.NO_VRAM)
+    wanted = mm.ALWAYS_VRAM_OFFLOAD or mm.vram_state == mm.VRAMState.NO_VRAM
+    return bool(wanted) and not managed.generation_runs_elsewhere()
 
 
 def _unload_all(device: torch.device, keep_loaded: Sequence[Any]) -> None:
@@ -245,8 +245,7 @@ def _place(models: Sequence[Any], memory_required: float, hard_memory_preservati
     from backend import memory_management as mm
 
     started = time.perf_counter()
-    elsewhere = managed.generation_runs_elsewhere()
-    if elsewhere:
+    if managed.generation_runs_elsewhere():
         managed.end_measuring()
     else:
         managed.rest_all_but([patcher.model for patcher in models])
@@ -258,7 +257,7 @@ def _place(models: Sequence[Any], memory_required: float, hard_memory_preservati
         loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in models)
     ]
     for device in {patcher.load_device for patcher in models}:
-        if _offloads_everything() and not elsewhere:
+        if _offloads_others():
             _unload_all(device, keep)
         if leftovers.collect(device, _free_bytes(device)):
             mm.soft_empty_cache()

@@ -541,40 +541,32 @@ class Attachment:
         """The forward of `root` (the module, or a part of it that runs by itself) begins; `work`: by
         which its time is known; `asked`: as from `IdleLayers.asked`, None: nothing is known of it."""
         work = work or Work(id(root), ())
-        self.state.turn.begin_step()
-        try:
-            self.used_at = time.time()
-            self._ran_in = threading.get_ident()
-            self.state.enter()
-            self.idle.before_step(work, asked)
-            measured = self.adaptation.before_step(work)
-            self.run.count_forward()
-            goes_on, of = self.run.goes_on, work if measured else None
-            self.state.streamer.begin_step(id(root), wrap=goes_on, measured=of)
-        except BaseException:
-            self.state.turn.end_step()
-            raise
+        self.state.turn.begin_step()  # `ModuleHooks` ends it, however the forward ends.
+        self.used_at = time.time()
+        self._ran_in = threading.get_ident()
+        self.state.enter()
+        self.idle.before_step(work, asked)
+        measured = self.adaptation.before_step(work)
+        self.run.count_forward()
+        self.state.streamer.begin_step(id(root), wrap=self.run.goes_on, measured=work if measured else None)
 
     def abandon_step(self, root: torch.nn.Module) -> None:
         """The forward of `root` raised."""
         self.state.streamer.abandon_step(id(root))
         self.idle.kept.abandon()
-        self.state.turn.end_step()
+        self.state.turn.end_step()  # No hook is called after what is no Exception, such as Ctrl-C.
 
     def end_step(self, root: torch.nn.Module) -> None:
         """The forward of `root` is over."""
-        try:
-            traced = self.state.streamer.end_step(id(root))
-            self.idle.kept.end()
-            self.adaptation.after_step()
-            if traced is not None:
-                # Layers of other roots stay where they are, and those of other models have no place here. A
-                # new list: the page may be walking along the old one.
-                places = set(self.layers).intersection(traced)
-                ordered = (layer for layer in traced if layer in places)
-                self.layers = [next(ordered) if layer in places else layer for layer in self.layers]
-        finally:
-            self.state.turn.end_step()
+        traced = self.state.streamer.end_step(id(root))
+        self.idle.kept.end()
+        self.adaptation.after_step()
+        if traced is not None:
+            # Layers of other roots stay where they are, and those of other models have no place here. A new
+            # list: the page may be walking along the old one.
+            places = set(self.layers).intersection(traced)
+            ordered = (layer for layer in traced if layer in places)
+            self.layers = [next(ordered) if layer in places else layer for layer in self.layers]
 
     def acquire(self, layer: Layer) -> AnyLease:
         """The weights of `layer` on the device; see `Streamer.acquire`."""

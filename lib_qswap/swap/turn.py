@@ -30,6 +30,7 @@ class Turn:
 
     @property
     def is_mine_or_free(self) -> bool:
+        """Whether the calling thread would not have to wait now."""
         return self._owner in (None, threading.current_thread())
 
     def begin_step(self) -> None:
