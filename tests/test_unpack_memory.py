@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
+import lib_qswap.quant.unpack as unpacking
 from lib_qswap.quant import unpack_cpu, unpack_cpu_k
 from lib_qswap.quant.formats import FORMATS
 from lib_qswap.quant.unpack import unpack
@@ -50,7 +51,7 @@ def test_temporaries_stay_below_64_mb_for_the_largest_chunks(arithmetic, monkeyp
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     for format in UNPACKED:
         # Sixteen chunks of those whose scales are unpacked for several at once, two of the others.
-        elements = 1 << (25 if format.name.endswith("_K") or format.name == "TQ2_0" else 23)
+        elements = 1 << (25 if format.name in unpacking._CPU_KINDS else 23)
         packed = torch.zeros(format.packed_bytes(elements), dtype=torch.uint8)
         out = torch.empty(elements, dtype=torch.float16)
         used = peak_bytes(partial(unpack, format, packed, out, arithmetic=arithmetic))

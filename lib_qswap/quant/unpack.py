@@ -2,7 +2,7 @@
 
 One of `kernels` does it where there is one, else torch's operations do, in chunks: a chunk's temporaries fit
 into a CPU's caches, or, on an accelerator, where small ones would be many launches, into 64 MB. On a CPU the
-K types, TQ1_0 and TQ2_0 have a way of their own, `unpack_cpu`, for all but the rest that fills no chunk.
+types in `_CPU_KINDS` have a way of their own, `unpack_cpu`, for all but the rest that fills no chunk.
 Nothing here waits for a device, but for a kernel's first check, and all memory comes from torch's allocator,
 on the current stream.
 """
@@ -10,22 +10,27 @@ on the current stream.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from . import kernels, unpack_cpu, unpack_cpu_k, unpack_cpu_ternary
+from . import kernels, unpack_cpu, unpack_cpu_k, unpack_cpu_legacy, unpack_cpu_ternary
 from .formats import Format, UnpackFunction, UnpackLikeForgeFunction
 from .words import BLOCK_GRANULE
 
 Arithmetic = Literal["exact", "like Forge"]
 
 _ON_CPU, _ANYWHERE = torch.device("cpu"), contextlib.nullcontext()
-_CPU_KINDS: dict[str, Callable[[int], unpack_cpu.ChunkUnpacker]] = {
+_CPU_KINDS: dict[str, unpack_cpu.Kind] = {
     kind.__name__: kind
     for kind in (
+        unpack_cpu_legacy.Q4_0,
+        unpack_cpu_legacy.Q4_1,
+        unpack_cpu_legacy.Q5_0,
+        unpack_cpu_legacy.Q5_1,
+        unpack_cpu_legacy.Q8_0,
         unpack_cpu_k.Q2_K,
         unpack_cpu_k.Q3_K,
         unpack_cpu_k.Q4_K,
@@ -35,7 +40,7 @@ _CPU_KINDS: dict[str, Callable[[int], unpack_cpu.ChunkUnpacker]] = {
         unpack_cpu_ternary.TQ2_0,
     )
 }
-_CPU_KINDS_TO_HALF: dict[str, Callable[[int], unpack_cpu.ChunkUnpacker]] = {
+_CPU_KINDS_TO_HALF: dict[str, unpack_cpu.Kind] = {
     "Q4_K": unpack_cpu_k.Q4_KToHalf,
     "Q5_K": unpack_cpu_k.Q5_KToHalf,
     "TQ1_0": unpack_cpu_ternary.TQ1_0ToHalf,
@@ -62,7 +67,7 @@ _FEWER_BYTES_PER_ELEMENT = {
     "TQ2_0": 2.0,
 }
 _MOST_CPU_CHUNK_ELEMENTS = 1 << 22
-_MOST_CPU_CHUNK_ELEMENTS_OF_K = 1 << 21
+_MOST_CPU_CHUNK_ELEMENTS_OF_KINDS = 1 << 21
 
 
 def unpack(
@@ -111,14 +116,14 @@ def _with_torch(
         values = out.view(-1, format.block_elements)
         if exact and out.device.type == "cpu" and packed.data_ptr() % 8 == 0:
             of_all_threads = _CPU_CHUNK_ELEMENTS * torch.get_num_threads()
-            chunk_elements = min(of_all_threads, _MOST_CPU_CHUNK_ELEMENTS_OF_K)
             for kind in _cpu_kinds(format, out.dtype):
+                chunk_elements = min(of_all_threads // kind.chunk_divisor, _MOST_CPU_CHUNK_ELEMENTS_OF_KINDS)
                 done = unpack_cpu.unpack_whole_chunks(kind, blocks, values, chunk_elements)
                 blocks, values = blocks[done:], values[done:]
         _in_chunks(format, function, blocks, values, rounding)
 
 
-def _cpu_kinds(format: Format, dtype: torch.dtype) -> Iterator[Callable[[int], unpack_cpu.ChunkUnpacker]]:
+def _cpu_kinds(format: Format, dtype: torch.dtype) -> Iterator[unpack_cpu.Kind]:
     """The quickest way first; each takes on what the one before left."""
     to_half = _CPU_KINDS_TO_HALF.get(format.name) if dtype == torch.float16 else None
     if to_half is not None and unpack_cpu.can_scale_rows():

@@ -2,7 +2,8 @@
 
 A chunk's buffers stay in the caches, and its few operations run over long rows. A chunk is first split into
 planes, the runs of numbers that the same bits of consecutive bytes hold, one plane after the other:
-`ChunkUnpacker.read`. Then every plane is scaled, and the last operation on it writes it to where it belongs.
+`ChunkUnpacker.read`. Then all planes are scaled where they are, and the last operation on each rounds it to
+where it belongs.
 What an operation of torch costs beyond its memory traffic is the call and each of its views, and each row of
 a broadcast: so views are made once where they can be, and never have a third dimension.
 """
@@ -10,8 +11,8 @@ a broadcast: so views are made once where they can be, and never have a third di
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,67 +27,58 @@ _CHUNKS_OF_SCALES, _CHUNKS_OF_SCALES_OF_THREADS = 4, 16
 class ChunkUnpacker:
     """Unpacks chunks of a fixed number of blocks of one type.
 
-    width: elements of a row of a plane, which share a scale. planes: planes that lie beside each other in the
-    result. numbers: fp32 (planes, rows, width) or of the same memory: what `read` writes. signed: whether
-    the bytes in `words` are. writes: the dtype of the values that `unpack` writes.
+    planes: planes that lie beside each other in the result. width: elements of a plane that lie together
+    there, a row of it. numbers: fp32, (planes, rows, width) in one dimension: the bytes of `words`, whether
+    signed or not, which then become values.
     """
 
     width: int
     planes: int
     signed = False
-    writes = torch.float32
+    chunk_divisor = 2
+    """So many times smaller are the chunks than those of what computes without `numbers`."""
 
     def __init__(self, words: tuple[int, ...]) -> None:
         """words: shape of the buffer for the numbers as bytes, plane by plane, eight in an int64."""
         self.words = torch.empty(words, dtype=torch.int64)
         self.bytes = self.words.view(-1).view(torch.int8 if self.signed else torch.uint8)
-        self.values: Tensor | None = None
         self.make_buffers()
 
     def make_buffers(self) -> None:
         """What `unpack` needs besides."""
         self.numbers = torch.empty(self.bytes.numel(), dtype=torch.float32)
-        self.rows = self.planes_of_numbers()
-
-    def unrounded(self, elements: int) -> Tensor:
-        """fp32 (blocks, elements): where values wait to be rounded."""
-        if self.values is None:
-            self.values = torch.empty((self.bytes.numel() // elements, elements), dtype=torch.float32)
-        return self.values
-
-    def planes_of_numbers(self) -> Sequence[Tensor]:
-        """`numbers` as a (rows, width) for each plane."""
-        return self.numbers.view(self.planes, -1, self.width).unbind(0)
-
-    def planes_of_values(self, values: Tensor) -> Sequence[Tensor]:
-        """The same of the result of a chunk."""
-        return values.view(-1, self.planes, self.width).unbind(1)
+        self.planes_of_numbers = self.numbers.view(self.planes, -1, self.width).unbind(0)
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...] | None:
-        """For any number of chunks, fp32: what the planes are multiplied by, (planes, rows, 1).
+        """For any number of chunks, fp32 (planes, groups, 1): what the groups of numbers of each plane are
+        multiplied by, and, where there is a second one, what is then added to them.
 
-        Or two: what `numbers`, as one (rows of all planes, width), are multiplied by, given with a dimension
-        for the planes before that of the rows, and what is then added to the planes, (planes, rows, 1).
         They may be overwritten by the next call. None: these have to be unpacked in another way.
         """
         raise NotImplementedError
 
-    def read(self, blocks: Tensor) -> None:
-        """Split a chunk's numbers into `words`, a byte each."""
+    def read(self, blocks: Tensor) -> Tensor:
+        """A chunk's numbers, a byte each, plane by plane: mostly `bytes`."""
         raise NotImplementedError
 
-    def unpack(self, blocks: Tensor, values: Sequence[Tensor], *scales: Tensor) -> None:
-        """A chunk into planes of fp32 values."""
-        self.read(blocks)
-        self.numbers.copy_(self.bytes)
-        if len(scales) == 1:
-            for numbers, scale, plane in zip(self.rows, scales[0].unbind(0), values, strict=True):
-                torch.mul(numbers, scale, out=plane)
-            return
-        scale, minima = scales
-        self.numbers.view(scale.shape[0], scale.shape[1], self.width).mul_(scale)
-        for numbers, minimum, plane in zip(self.rows, minima.unbind(0), values, strict=True):
-            torch.add(numbers, minimum, out=plane)
+    def unpack(self, blocks: Tensor, values: Tensor, *scales: Tensor) -> None:
+        """A chunk into its values, of any dtype."""
+        self.numbers.copy_(self.read(blocks))
+        # In place: a second buffer as large would drive this one out of the cache next to the core.
+        for operation, scale in zip((Tensor.mul_, Tensor.add_), scales, strict=False):
+            operation(self.numbers.view(scale.shape[0], scale.shape[1], -1), scale)
+        planes = values.view(-1, self.planes, self.width).unbind(1)
+        for numbers, plane in zip(self.planes_of_numbers, planes, strict=True):
+            plane.copy_(numbers)
+
+
+class Kind(Protocol):
+    """A subclass of `ChunkUnpacker`."""
+
+    chunk_divisor: int
+
+    def __call__(self, blocks: int) -> ChunkUnpacker:
+        """blocks: of a chunk, a multiple of BLOCK_GRANULE."""
 
 
 class HalfChunkUnpacker(ChunkUnpacker):
@@ -95,7 +87,7 @@ class HalfChunkUnpacker(ChunkUnpacker):
     Bytes widened to 16 bits are, read as fp16, subnormal numbers: q * 2**-24.
     """
 
-    writes = torch.float16
+    chunk_divisor = 1
     UNIT = 2.0**24
     """What scales have to be multiplied by."""
 
@@ -106,17 +98,15 @@ class HalfChunkUnpacker(ChunkUnpacker):
         self.subnormals = widened.view(torch.float16).view(1, -1, self.width)
         self.variance = torch.ones(self.subnormals.shape[1], dtype=torch.float32)
 
-    def planes_of_values(self, values: Tensor) -> Sequence[Tensor]:
-        return (values.view(self.subnormals.shape),)
-
-    def unpack(self, blocks: Tensor, values: Sequence[Tensor], *scales: Tensor) -> None:
-        """scales: of the rows as they lie in the result, times UNIT; minima; `means` of the scales; each
-        (1, rows)."""
+    def unpack(self, blocks: Tensor, values: Tensor, *scales: Tensor) -> None:
+        """values: fp16. scales: of the rows as they lie in the result, times UNIT; minima; `means` of the
+        scales; each (1, rows)."""
         self.read(blocks)
         for of_bytes, widened in zip(self.planes_of_bytes, self.planes_of_widened, strict=True):
             widened.copy_(of_bytes)
         scale, minimum, mean = (of_rows[0] for of_rows in scales)
-        scaled_rows(self.subnormals, scale, minimum, mean, self.variance, values[0])
+        out = values.view(self.subnormals.shape)
+        scaled_rows(self.subnormals, scale, minimum, mean, self.variance, out)
 
 
 _NO_STATISTICS = torch.empty(0, dtype=torch.float32)
@@ -163,7 +153,7 @@ def can_scale_rows() -> bool:
 _kept = threading.local()
 
 
-def _unpacker_of(kind: Callable[[int], ChunkUnpacker], chunk: int) -> ChunkUnpacker:
+def _unpacker_of(kind: Kind, chunk: int) -> ChunkUnpacker:
     """The one that this thread used last, where that is of the same kind: the page faults of fresh buffers
     take longer than a chunk does."""
     if type(torch.empty(0)) is not Tensor:  # Somebody traces, with tensors that are none.
@@ -174,14 +164,12 @@ def _unpacker_of(kind: Callable[[int], ChunkUnpacker], chunk: int) -> ChunkUnpac
     return _kept.unpacker
 
 
-def unpack_whole_chunks(
-    kind: Callable[[int], ChunkUnpacker], blocks: Tensor, values: Tensor, chunk_elements: int
-) -> int:
+def unpack_whole_chunks(kind: Kind, blocks: Tensor, values: Tensor, chunk_elements: int) -> int:
     """Unpack as many blocks as fill whole chunks, and return their number; fewer, where some cannot be
     unpacked in this way.
 
-    kind: makes the unpacker of chunks of so many blocks, a multiple of BLOCK_GRANULE. blocks: uint8 (n,
-    block_bytes), contiguous, 8-byte aligned. values: fp32, fp16 or bf16 (n, block_elements), contiguous.
+    blocks: uint8 (n, block_bytes), contiguous, 8-byte aligned. values: fp32, fp16 or bf16 (n,
+    block_elements), contiguous.
     """
     elements = values.shape[1]
     chunk = chunk_elements // elements // BLOCK_GRANULE * BLOCK_GRANULE
@@ -189,9 +177,6 @@ def unpack_whole_chunks(
     if not chunks:
         return 0
     unpacker = _unpacker_of(kind, chunk)
-    rounded = values.dtype != unpacker.writes
-    unrounded = unpacker.unrounded(elements) if rounded else values
-    planes = unpacker.planes_of_values(unrounded) if rounded else ()
     at_once = _CHUNKS_OF_SCALES if torch.get_num_threads() == 1 else _CHUNKS_OF_SCALES_OF_THREADS
     for first in range(0, chunks, at_once):
         count = min(at_once, chunks - first)
@@ -203,7 +188,5 @@ def unpack_whole_chunks(
         for packed, out, *of_chunk in zip(
             blocks[several].split(chunk), values[several].split(chunk), *of_chunks, strict=True
         ):
-            unpacker.unpack(packed, planes or unpacker.planes_of_values(out), *of_chunk)
-            if rounded:
-                out.copy_(unrounded)
+            unpacker.unpack(packed, out, *of_chunk)
     return chunks * chunk

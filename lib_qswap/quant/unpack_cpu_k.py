@@ -21,10 +21,12 @@ def _every_byte(*bytes_: int) -> Tensor:
 
 
 def _repeated_half(blocks: Tensor, offset: int, count: int) -> Tensor:
-    """The fp16 number at an even byte offset of every block, `count` (2 or 4) times, fp32 (count * n,)."""
-    bits = blocks.view(torch.int16)[:, offset // 2].long().bitwise_and_(0xFFFF)
-    # A product with 0x00010001 repeats 16 bits; copies of short rows take longer.
-    repeated = bits.mul_(0x0001000100010001) if count == 4 else bits.mul_(0x00010001).int()
+    """The fp16 number at an even byte offset of every block, `count` (4 or 8) times, fp32 (count * n,)."""
+    bits = blocks.view(torch.int16)[:, offset // 2].long().bitwise_and_(_HALF)
+    # A product with 0x0001000100010001 repeats 16 bits; copies of short rows take longer.
+    repeated = bits.mul_(_FOUR_TIMES)
+    if count == 8:
+        repeated = torch.stack((repeated, repeated), 1).view(-1)
     return repeated.view(torch.float16).float()
 
 
@@ -161,8 +163,9 @@ class Q4_K(_Groups32):
         super().__init__(blocks)
         self.masks = _every_byte(0x0F, 0xF0)[:, None, None]
 
-    def read(self, blocks: Tensor) -> None:
+    def read(self, blocks: Tensor) -> Tensor:
         torch.bitwise_and(blocks.view(torch.int64)[:, 2:], self.masks, out=self.words)
+        return self.bytes
 
 
 class Q5_K(_Groups32):
@@ -180,7 +183,7 @@ class Q5_K(_Groups32):
         self.shifts = (shifts, shifts - 1)
         self.four, self.top = _every_byte(0x78, 0x80).unbind(0)
 
-    def read(self, blocks: Tensor) -> None:
+    def read(self, blocks: Tensor) -> Tensor:
         words = blocks.view(torch.int64)
         nibbles, fifth = words[:, 6:], words[:, 2:6]
         for of_pair in self.fifth_of_pairs:
@@ -191,6 +194,7 @@ class Q5_K(_Groups32):
         for shift, tops in zip(self.shifts, self.tops.unbind(0), strict=True):
             torch.bitwise_left_shift(self.fifth_rows, shift, out=tops)
         self.words.bitwise_or_(self.tops.bitwise_and_(self.top))
+        return self.bytes
 
 
 class _HalfGroups32(HalfChunkUnpacker, _Groups32):
@@ -219,50 +223,64 @@ class Q5_KToHalf(_HalfGroups32, Q5_K):
 
 
 class _Groups16(ChunkUnpacker):
-    """A half super-block is four planes of two groups: eight planes of 16 here, the numbers in pairs."""
+    """A half super-block is four planes of two groups, which lie together in the result."""
 
-    width, planes = 16, 8
-
-    def planes_of_numbers(self) -> Sequence[Tensor]:
-        return [group for plane in self.numbers.view(4, -1, 2, 16).unbind(0) for group in plane.unbind(1)]
+    width, planes = 32, 4
 
 
-_BYTES_TO_TOP = torch.arange(56, -8, -8)[:, None]
-_BYTES_TO_BOTTOM = torch.arange(0, 64, 8)[:, None]
+_NIBBLES = _every_byte(0x0F)
+_PAIRS_TO_BOTTOM = torch.tensor([0, 16, 32, 48])[:, None]
+
+
+def _pairs(words: Tensor) -> Tensor:
+    """A byte for each group of n half super-blocks: fp32 (4, 2 * n), those of a plane beside each other."""
+    return (words >> _PAIRS_TO_BOTTOM).short().view(torch.uint8).float()
 
 
 class Q6_K(_Groups16):
+    """Here two planes of four groups: the low nibbles of a half's 64 bytes are its first four, one after the
+    other."""
+
+    width, planes = 64, 2
     signed = True
 
     def __init__(self, blocks: int) -> None:
-        super().__init__((4, 8 * blocks))
-        self.low, self.high = self.words.view(2, -1).unbind(0)
-        columns = torch.empty((2, blocks, 2, 32), dtype=torch.uint8)
-        self.columns = [columns[column, :, half] for half in range(2) for column in range(2)]
-        self.column_words = as_words(columns)
-        self.pairs = torch.empty((blocks, 64), dtype=torch.uint8)
-        self.pair_words = as_words(self.pairs)
+        super().__init__((2, blocks, 16))
+        self.low, self.high = self.words.unbind(0)
+        self.nibbles = torch.empty((blocks, 16), dtype=torch.int64)
+        self.nibble_fields = self.nibbles.view(torch.int16)
+        # A half's pairs of bits belong to 32 bytes' low nibbles, the next 32's, and both's high nibbles.
+        self.pair_fields = torch.empty((blocks, 32), dtype=torch.int16)
+        self.pairs_of_half = as_words(self.pair_fields).view(2 * blocks, 4)
+        self.pairs = torch.empty((blocks, 16), dtype=torch.int64)
+        self.pairs_of_columns = self.pairs.view(2 * blocks, 2, 4).unbind(1)
         self.tops = torch.empty_like(self.words)
-        self.shifts = torch.tensor([6, 4, 2, 0])[:, None]
+        shifts = torch.tensor([6, 4]).repeat_interleave(4).repeat(2)
+        self.shifts = (shifts, shifts - 4)
+        self.two_bits = torch.tensor(2)
         self.flip, self.four, self.two = _every_byte(0xAA, 0x3C, 0xC0).unbind(0)
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
-        small = as_words(blocks[:, 192:208].contiguous())
-        signed = (small << _BYTES_TO_TOP).bitwise_right_shift_(56).float()
-        return (signed.mul_(_repeated_half(blocks, 208, 2).mul_(1 / 4))[:, :, None],)
+        # Of the low nibbles four, of the high ones four.
+        small = blocks.view(torch.int16)[:, 96:104].contiguous().view(torch.int32)
+        signed = small.view(-1, 2).t().contiguous().view(torch.int8).float()
+        return (signed.mul_(_repeated_half(blocks, 208, 8).mul_(1 / 4))[:, :, None],)
 
-    def read(self, blocks: Tensor) -> None:
-        fields = blocks[:, :192].split((32, 32, 32, 32, 64), 1)
-        for field, column in zip(fields[:4], self.columns, strict=True):
-            column.copy_(field)
-        self.pairs.copy_(fields[4])
+    def read(self, blocks: Tensor) -> Tensor:
+        nibbles, pairs, _ = blocks.view(torch.int16).split((64, 32, 9), 1)
+        self.nibble_fields.copy_(nibbles)
+        self.pair_fields.copy_(pairs)
         # With the top bit of every pair flipped, q * 4 read as signed is (q - 32) * 4.
-        self.pair_words.bitwise_xor_(self.flip)
-        torch.bitwise_left_shift(self.column_words, 2, out=self.low)
-        torch.bitwise_right_shift(self.column_words, 2, out=self.high)
+        self.pairs_of_half.bitwise_xor_(self.flip)
+        for of_column in self.pairs_of_columns:
+            of_column.copy_(self.pairs_of_half)
+        torch.bitwise_left_shift(self.nibbles, self.two_bits, out=self.low)
+        torch.bitwise_right_shift(self.nibbles, self.two_bits, out=self.high)
         self.words.bitwise_and_(self.four)
-        torch.bitwise_left_shift(self.pair_words, self.shifts, out=self.tops)
+        for shift, tops in zip(self.shifts, self.tops.unbind(0), strict=True):
+            torch.bitwise_left_shift(self.pairs, shift, out=tops)
         self.words.bitwise_or_(self.tops.bitwise_and_(self.two))
+        return self.bytes
 
 
 class Q2_K(_Groups16):
@@ -275,20 +293,14 @@ class Q2_K(_Groups16):
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
         small = as_words(blocks.view(torch.int32)[:, :4].contiguous())
-        # The two scales of a plane lie beside each other, as the plane's numbers do.
-        pairs = (small >> _BYTES_TO_BOTTOM[::2]).bitwise_and_(0x0F0F).short().view(torch.uint8).float()
-        scales = pairs.mul_(_repeated_half(blocks, 80, 4)).mul_(self.units)
-        minima = (
-            (small >> (_BYTES_TO_BOTTOM + 4))
-            .bitwise_and_(0x0F)
-            .float()
-            .mul_(_repeated_half(blocks, 82, 2).neg_())
-        )
+        scales = _pairs(small & _NIBBLES).mul_(_repeated_half(blocks, 80, 4)).mul_(self.units)
+        minima = _pairs((small >> _4).bitwise_and_(_NIBBLES)).mul_(_repeated_half(blocks, 82, 4).neg_())
         return scales[:, :, None], minima[:, :, None]
 
-    def read(self, blocks: Tensor) -> None:
+    def read(self, blocks: Tensor) -> Tensor:
         self.pairs.copy_(blocks.view(torch.int32)[:, 4:20])
         torch.bitwise_and(self.pair_words, self.masks, out=self.words)
+        return self.bytes
 
 
 class Q3_K(_Groups16):
@@ -319,10 +331,10 @@ class Q3_K(_Groups16):
             tops.bitwise_or_((top >> 4 * half) & 0x03030303)
             four = (low >> 4 * half).bitwise_and_(every_byte(0x0F))
             torch.bitwise_or(four, tops << 4, out=of_half)
-        six = (small.view(-1) >> _BYTES_TO_BOTTOM).bitwise_and_(0x3F).float().sub_(32)
-        return (six.mul_(_repeated_half(blocks, 108, 2).mul_(1 / 32))[:, :, None],)
+        six = _pairs(small.view(-1)).sub_(32)
+        return (six.mul_(_repeated_half(blocks, 108, 4).mul_(1 / 32))[:, :, None],)
 
-    def read(self, blocks: Tensor) -> None:
+    def read(self, blocks: Tensor) -> Tensor:
         third, pairs = blocks[:, :96].split((32, 64), 1)
         self.pairs.copy_(pairs)
         # Flipped, as the top bit of a byte read as signed, it takes 4 off where it was clear.
@@ -334,3 +346,4 @@ class Q3_K(_Groups16):
         self.words.bitwise_and_(self.two)
         torch.bitwise_left_shift(self.third_rows, self.shifts, out=self.tops)
         self.words.bitwise_or_(self.tops.bitwise_and_(self.top))
+        return self.bytes

@@ -52,7 +52,7 @@ class TQ1_0(ChunkUnpacker):
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...] | None:
         return (blocks.view(torch.float16)[:, 26].float()[None, :, None],)
 
-    def read(self, blocks: Tensor) -> None:
+    def read(self, blocks: Tensor) -> Tensor:
         for field, of_blocks in zip(
             self.fields, blocks.view(torch.int16).split((16, 8, 2, 1), 1), strict=False
         ):
@@ -68,6 +68,7 @@ class TQ1_0(ChunkUnpacker):
                 self.even_wholes.add_(self.up).bitwise_xor_(self.top)
             for of_values, of_digits in columns:
                 of_values.copy_(of_digits)
+        return self.bytes
 
 
 class TQ1_0ToHalf(HalfChunkUnpacker, TQ1_0):
@@ -104,8 +105,9 @@ class TQ2_0(ChunkUnpacker):
         of_halves = blocks.view(torch.float16)[:, 32].float().repeat_interleave(2)
         return (of_halves.expand(4, -1)[:, :, None],)
 
-    def read(self, blocks: Tensor) -> None:
+    def read(self, blocks: Tensor) -> Tensor:
         self.pairs.copy_(blocks.view(torch.int16)[:, :32])
         torch.bitwise_right_shift(self.pair_words, self.shifts, out=self.words)
         # q + 127 with the top bit flipped is q - 1, and no byte overflows into the next.
         self.words.bitwise_and_(self.two).add_(self.up).bitwise_xor_(self.top)
+        return self.bytes

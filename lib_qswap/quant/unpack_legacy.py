@@ -42,7 +42,7 @@ def unpack_q4_1(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = to
 
 
 @lru_cache(maxsize=16)
-def _bits_to_top(device: torch.device) -> Tensor:
+def bits_to_top(device: torch.device) -> Tensor:
     """int64 (256,): bit j of the index as the top bit of byte j."""
     bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
     return (bits << 7).to(torch.uint8).view(torch.int64).view(-1).to(device)
@@ -56,7 +56,7 @@ def _five_bits(blocks: Tensor, high_offset: int, low_offset: int) -> Tensor:
     n = blocks.shape[0]
     low = as_words(blocks[:, low_offset:].contiguous())
     fifth = blocks[:, high_offset:low_offset].int().view(-1)
-    fifth = _bits_to_top(blocks.device).index_select(0, fifth).view(n, 2, 2)
+    fifth = bits_to_top(blocks.device).index_select(0, fifth).view(n, 2, 2)
     q = torch.stack((low << 3, low >> 1)).bitwise_and_(every_byte(0x78)).view(2, n, 2)
     return q.bitwise_or_(fifth.transpose(0, 1))
 
