@@ -408,3 +408,23 @@ def test_a_layer_of_one_token_gives_the_same_bits_resident_and_swapped(arithmeti
         attachment.detach()
     assert_same_bits(*outputs)
     assert len(products) == (12 if arithmetic == "exact" else 0)
+
+
+def test_a_backward_pass_reads_the_weights_of_its_forward():
+    """A kernel tells autograd nothing of what it writes over."""
+    weights = [ggml_blocks.random_blocks("Q8_0", 256 * 256 // 32, seed) for seed in range(3)]
+    packed = [
+        PackedTensor(torch.from_numpy(one).view(256, -1), FORMATS["Q8_0"], (256, 256)) for one in weights
+    ]
+    model = torch.nn.Sequential(*(torch.nn.Linear(256, 256, bias=False, device="meta") for _ in packed))
+    for layer, weight in zip(model, packed, strict=True):
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    own, ours = (torch.linspace(-1, 1, 1024).view(4, 256).requires_grad_(True) for _ in range(2))
+    x = own
+    for weight in packed:
+        x = torch.nn.functional.linear(x, weight.dequantize(torch.float32))
+    x.sum().backward()
+    attachment = attach(model, device="cpu", location="cpu", budget_bytes=0, compute_dtype=torch.float32)
+    model(ours).sum().backward()
+    attachment.detach()
+    assert torch.equal(ours.grad, own.grad)

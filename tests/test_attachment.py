@@ -104,6 +104,14 @@ def test_what_is_wrong_with_the_arguments_is_said():
         attach(model, device=GPU, location="nowhere")
     with pytest.raises((ValueError, RuntimeError), match="nodevice"):
         attach(model, device="nodevice")
+    with pytest.raises(ValueError, match="exact, like Forge"):
+        attach(model, device=GPU, arithmetic="like forge")
+    with pytest.raises(TypeError, match=r"torch\.bfloat16"):
+        attach(model, device=GPU, compute_dtype="fp16")
+    with pytest.raises(TypeError, match="budget_bytes is '25%'"):
+        attach(model, device=GPU, budget_bytes="25%")
+    with pytest.raises(ValueError, match="ring_bytes is -1"):
+        attach(model, device=GPU, ring_bytes=-1)
     assert ledger.attachments() == []
 
 

@@ -271,6 +271,69 @@ def test_a_forward_that_runs_out_of_memory_is_done_again_with_fewer_residents(
         assert attachment.state.streamer.idle()
 
 
+def test_a_forward_that_is_done_again_has_the_arguments_of_the_first_time(sim, hungry, expected):
+    """Forge's UNet takes a ControlNet's residuals out of their lists as it uses them."""
+    layers = hungry.layers
+
+    class Controlled(Hungry):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.layers = layers
+
+        def forward(self, x, rows, control):
+            for residuals in control["output"]:
+                x = x + residuals.pop()
+            control["output"].clear()
+            used.append(control.pop("name"))
+            return super().forward(x, rows)
+
+    def call(model, rows_mb, device):
+        x = torch.linspace(-1, 1, 2048, dtype=torch.float16, device="cpu").to(device).view(1, -1)
+        control = {"name": "tile", "output": [[x * 3, x * 2], [x]]}
+        with torch.inference_mode():
+            return model(x, torch.empty(rows_mb, 0, device=device), control=control).cpu()
+
+    used: list[str] = []
+    model = Controlled()
+    right = call(model, 1, "cpu")
+    with attached(model, device=GPU, location="shared", budget_bytes=300 * MB):
+        assert torch.equal(call(model, 400, GPU), right)
+    assert used == ["tile"] * 3
+
+
+def test_what_was_given_on_top_stays_on_top_where_it_cannot_be_had(sim, hungry, expected, monkeypatch):
+    attachment = attach(hungry, device=GPU, location="shared", budget_bytes=120 * MB)
+    attachment.rebalance(120 * MB, spare_bytes=400 * MB)
+    fit_into = type(attachment).fit_into
+
+    def fit_with_a_failure(self, budget_bytes):
+        sim.fail_next_device(1)
+        fit_into(self, budget_bytes)
+        sim.fail_next_device(0)
+
+    monkeypatch.setattr(type(attachment), "fit_into", fit_with_a_failure)
+    for _ in range(6):
+        assert torch.equal(run(hungry, 20), expected)
+    assert any("no room" in text for text in messages())
+    assert attachment.budget_bytes > 120 * MB
+    assert attachment.asked_bytes <= 120 * MB
+    attachment.detach()
+
+
+def test_measured_steps_that_were_broken_off_are_measured_again(sim, hungry, expected):
+    with attached(hungry, device=GPU, location="shared", budget_bytes=120 * MB) as attachment:
+        layers = hungry.layers
+        own = layers[COUNT // 2].forward
+        layers[COUNT // 2].forward = None
+        for _ in range(2):
+            with pytest.raises(TypeError):
+                run(hungry, 20)
+        layers[COUNT // 2].forward = own
+        for _ in range(4):
+            assert torch.equal(run(hungry, 20), expected)
+        assert all(layer.times.measured is not None for layer in attachment.layers)
+
+
 def test_what_was_given_back_too_much_is_taken_again_once_the_step_was_measured(sim, hungry, expected):
     with attached(hungry, device=GPU, location="shared", budget_bytes=300 * MB) as attachment:
         assert torch.equal(run(hungry, 300), expected)

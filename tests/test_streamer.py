@@ -559,6 +559,48 @@ def test_compute_on_a_side_stream_is_ordered_behind_its_weights(sim):
             assert torch.equal(result.cpu(), right)
 
 
+def test_a_slot_that_was_taken_when_ctrl_c_came_is_given_back(sim, monkeypatch):
+    model = Steps()
+    with swapped(model) as attachment:
+        streamer = attachment.state.streamer
+        call(model)
+        own, calls = streamer._in_slot, []
+
+        def interrupted(*args):
+            calls.append(args)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return own(*args)
+
+        monkeypatch.setattr(streamer, "_in_slot", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call(model)
+        monkeypatch.setattr(streamer, "_in_slot", own)
+        attachment.rebalance(attachment.budget_bytes)
+        before = streamer.overflows
+        for _ in range(3):
+            call(model)
+        assert streamer.overflows == before
+
+
+def test_steps_whose_times_were_lost_are_measured_again(sim, compute_mode):
+    """An encoder, after whose only forward another model has its turn at once."""
+    model = Steps()
+    with swapped(model) as attachment:
+        for _ in range(4):
+            attachment.wake()
+            attachment.run.begin(1)
+            with torch.inference_mode():
+                model(X.to(GPU))
+            attachment.rest()
+        torch.simgpu.synchronize()
+        attachment.wake()
+        for _ in range(2):
+            call(model)
+        call(model)
+        assert all(layer.times.measured is not None for layer in attachment.layers)
+
+
 def test_a_copy_that_fails_is_an_error_of_its_layer_and_the_next_step_works(sim):
     model = Steps()
     right = expected(model)

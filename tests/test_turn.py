@@ -50,11 +50,11 @@ def test_a_block_waits_for_another_threads_block():
 def test_a_step_with_a_block_in_it_lasts_until_both_are_over(first):
     shared = Turn()
     block = shared.held()
-    shared.begin_step()
+    shared.begin_step("a model")
     block.__enter__()
-    shared.begin_step()  # again, of a forward that is done anew
+    shared.begin_step("a model")  # again, of a forward that is done anew
     _thread, had = waiting_for(shared)
-    ends = [shared.end_step, lambda: block.__exit__(None, None, None)]
+    ends = [lambda: shared.end_step("a model"), lambda: block.__exit__(None, None, None)]
     if first == "the block":
         ends.reverse()
     ends[0]()
@@ -63,22 +63,42 @@ def test_a_step_with_a_block_in_it_lasts_until_both_are_over(first):
     assert had.wait(LATE_S)
 
 
+def test_a_step_within_a_step_ends_alone():
+    shared = Turn()
+    shared.begin_step("a model")
+    shared.begin_step("another in it")
+    shared.end_step("another in it")
+    _thread, had = waiting_for(shared)
+    assert not had.wait(SOON_S)
+    shared.end_step("a model")
+    assert had.wait(LATE_S)
+
+
+def test_a_step_that_is_over_ends_those_in_it_that_never_ended():
+    shared = Turn()
+    shared.begin_step("a model")
+    shared.begin_step("another in it")
+    shared.end_step("a model")
+    _thread, had = waiting_for(shared)
+    assert had.wait(LATE_S)
+
+
 def test_a_step_waits_for_another_threads_block_and_nobody_else_can_end_it():
     shared = Turn()
     begun, may_end = threading.Event(), threading.Event()
 
     def step():
-        shared.begin_step()
+        shared.begin_step("a model")
         begun.set()
         may_end.wait(LATE_S)
-        shared.end_step()
+        shared.end_step("a model")
 
     with shared.held():
         thread = in_thread(step)
         assert not begun.wait(SOON_S)
     assert begun.wait(LATE_S)
     assert not shared.is_mine_or_free
-    shared.end_step()
+    shared.end_step("a model")
     assert not shared.is_mine_or_free
     may_end.set()
     thread.join(LATE_S)
@@ -87,7 +107,7 @@ def test_a_step_waits_for_another_threads_block_and_nobody_else_can_end_it():
 
 def test_a_thread_that_died_in_its_step_is_not_waited_for():
     shared = Turn()
-    in_thread(shared.begin_step).join(LATE_S)
+    in_thread(lambda: shared.begin_step("a model")).join(LATE_S)
     thread, had = waiting_for(shared)
     assert had.wait(LATE_S)
     thread.join(LATE_S)
@@ -97,7 +117,7 @@ def test_a_step_that_was_never_ended_is_not_waited_for_for_ever(monkeypatch):
     monkeypatch.setattr(turn, "LONGEST_WAIT_S", 0.1)
     monkeypatch.setattr(turn, "LOOK_S", 0.05)
     shared = Turn()
-    shared.begin_step()
+    shared.begin_step("a model")
     thread, had = waiting_for(shared)
     assert had.wait(LATE_S)
     thread.join(LATE_S)

@@ -10,7 +10,7 @@ import torch
 
 from lib_qswap.quant import multiply
 from lib_qswap.quant.packed import PackedTensor
-from lib_qswap.swap.execute import gather_rows, let_go, linear, weight_for
+from lib_qswap.swap.execute import gather_rows, goes_back, let_go, linear, new_or_in, weight_for
 from lib_qswap.swap.lease import Lease, ResidentLease
 
 from . import loading, managed, settings
@@ -49,6 +49,7 @@ def _weights_manual_cast(
         weight, bias = _cast(layer.weight, x), _cast(layer.bias, x)
         return _with_lora(layer, "weight", weight), _with_lora(layer, "bias", bias), None
     attachment, swapped = served
+    scratch = None if goes_back(x) else attachment.state.scratch
     lease = attachment.acquire(swapped)
     try:
         packed, scale, plain_bias = (lease.parts.get(name) for name in ("weight", "scale_weight", "bias"))
@@ -58,15 +59,15 @@ def _weights_manual_cast(
             weight = weight_for(
                 packed,
                 x.dtype,
-                attachment.state.scratch,
+                scratch,
                 arithmetic=attachment.arithmetic,
                 computation_dtype=packed.dtype,
             )
         if scale is not None:
-            scaled = attachment.state.scratch.view(weight.shape, weight.dtype)
+            scaled = new_or_in(scratch, weight.shape, weight.dtype, weight.device)
             weight = torch.mul(weight, scale.to(weight.dtype), out=scaled)
         bias = plain_bias if skip_bias_dtype else _cast(plain_bias, x)
-        bias = let_go(lease, weight, bias, attachment.state.scratch)
+        bias = let_go(lease, weight, bias, scratch)
         return _with_lora(layer, "weight", weight, packed), _with_lora(layer, "bias", bias, plain_bias), lease
     except BaseException:
         lease.release()

@@ -106,9 +106,10 @@ class Adaptation(AttachmentPart):
                 f"{model.name}: the computation ran out of device memory and is done again with "
                 f"{freed / 2**20:.0f} MB less of resident weights."
             )
+            asked_bytes = model.budget_bytes - model.grown_bytes
+            model.grown_bytes = max(0, budget_bytes - asked_bytes)
             # Measured, the step may turn out to leave some of it.
-            model.spare_bytes += model.budget_bytes - model.grown_bytes - budget_bytes
-            model.grown_bytes = 0
+            model.spare_bytes += asked_bytes - (budget_bytes - model.grown_bytes)
             model.fit_into(budget_bytes)
         elif freed := sum(one.resident_bytes for one in others):
             for one in others:
@@ -243,11 +244,15 @@ class Adaptation(AttachmentPart):
     def _replan(self, work: Work) -> None:
         """Another plan from what was measured for `work`, where it pays."""
         model = self._model
-        model.state.streamer.timeline.collect()
+        timeline = model.state.streamer.timeline
+        timeline.collect()
         if model.plan is None or model.budget_bytes is None:
             return
         if not self.profile.use(work, model.layers):
-            return  # The device has not come to their end yet: at the next step.
+            # The device has not come to their end yet: at the next step. Or nobody has waited for it.
+            if not timeline.is_waiting_for(work):
+                self.profile.measure_again(work)
+            return
         self._planned_link = model.link_bytes_per_s()
         self._steps_with_link = self._times_changed = 0
         model.state.streamer.use_link(self._planned_link)

@@ -157,7 +157,8 @@ class Device:
         if self.is_host:
             return available_ram_bytes(), total_ram_bytes()
         if self.device.type == "mps":
-            total = self._module.recommended_max_memory()
+            recommended = getattr(self._module, "recommended_max_memory", None)  # torch 2.5
+            total = recommended() if recommended is not None else total_ram_bytes() * 2 // 3
             return total - self._module.driver_allocated_memory(), total
         free, total = self._module.mem_get_info(self.device)
         cached = self._module.memory_reserved(self.device) - self._module.memory_allocated(self.device)

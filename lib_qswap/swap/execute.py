@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ from lib_qswap.quant.unpack import Arithmetic, unpack
 from lib_qswap.swap.device import Device, align
 
 if TYPE_CHECKING:
+    from lib_qswap.swap.device_state import DeviceState
     from lib_qswap.swap.layer import Layer
     from lib_qswap.swap.lease import AnyLease
-    from lib_qswap.swap.streamer import Streamer
 
+_IN_STEP = contextlib.nullcontext()
 
 LINEAR_MODULE = "torch.nn.modules.linear"
 """Where torch's own forward of linear layers comes from, unless somebody has put another in its place."""
@@ -87,15 +89,15 @@ class Scratch:
 def weight_for(
     weight: torch.Tensor,
     dtype: torch.dtype,
-    scratch: Scratch,
+    scratch: Scratch | None,
     *,
     arithmetic: Arithmetic,
     computation_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`weight` (on the device, packed or plain) in `dtype`: itself, or the scratch, valid until the next
-    call."""
+    call; without a scratch a tensor of its own."""
     if isinstance(weight, PackedTensor):
-        out = scratch.view(weight.shape, dtype)
+        out = new_or_in(scratch, weight.shape, dtype, weight.device)
         unpack(
             weight.format,
             weight.packed,
@@ -104,18 +106,33 @@ def weight_for(
             computation_dtype=computation_dtype or dtype,
         )
         return out
-    if weight.dtype == dtype:
+    if weight.dtype == dtype and scratch is not None:
         return weight
-    return scratch.view(weight.shape, dtype).copy_(weight)
+    return new_or_in(scratch, weight.shape, dtype, weight.device).copy_(weight)
+
+
+def new_or_in(
+    scratch: Scratch | None, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Memory for a weight: the scratch, or, without one, a tensor of its own."""
+    if scratch is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return scratch.view(shape, dtype)
+
+
+def goes_back(x: torch.Tensor) -> bool:
+    """Whether the weight that `x` is multiplied by is read again, in a backward pass: neither the scratch nor
+    a slot of the ring will hold it then."""
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def let_go(
-    lease: AnyLease, weight: torch.Tensor, bias: torch.Tensor | None, scratch: Scratch
+    lease: AnyLease, weight: torch.Tensor, bias: torch.Tensor | None, scratch: Scratch | None
 ) -> torch.Tensor | None:
     """Releases `lease` where what its layer computes with, `weight` and `bias`, lies in its slot no more or
     need not: a weight that was unpacked into the scratch. The slot is then filled again while the layer
     computes. Returns the bias to compute with."""
-    if weight is lease.parts["weight"]:
+    if scratch is None or weight is lease.parts["weight"]:
         return bias
     if lease.in_ring and bias is not None and bias is lease.parts.get("bias"):
         kept = scratch.copy_behind(weight, bias)
@@ -172,15 +189,15 @@ class Forward:
         self,
         layer: Layer,
         original: Callable[..., Any],
-        streamer: Streamer,
-        scratch: Scratch,
+        state: DeviceState,
         arithmetic: Arithmetic,
         computation_dtype: torch.dtype | None,
     ) -> None:
         self._layer = layer
         self._original = original
-        self._streamer = streamer
-        self._scratch = scratch
+        self._turn = state.turn
+        self._streamer = state.streamer
+        self._scratch = state.scratch
         self._arithmetic = arithmetic
         self._computation_dtype = computation_dtype
         self._is_linear = original is torch.nn.Linear.forward and original.__module__ == LINEAR_MODULE
@@ -189,35 +206,39 @@ class Forward:
         module = self._layer.module()
         if module is None:
             raise ReferenceError(f"{self._layer.name}: its module is gone")
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        lease = self._streamer.acquire(self._layer)
-        try:
-            if self._is_linear and inputs.is_floating_point():
-                return self._linear(lease, inputs)
-            return self._original_on(lease, module, inputs, args, kwargs)
-        finally:
-            lease.release()
+        # Called by itself, or by a method that is not its model's forward, it takes its turn alone.
+        with _IN_STEP if self._turn.is_mine else self._turn.held():
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            lease = self._streamer.acquire(self._layer)
+            try:
+                if self._is_linear and inputs.is_floating_point():
+                    return self._linear(lease, inputs)
+                return self._original_on(lease, module, inputs, args, kwargs)
+            finally:
+                lease.release()
 
     def _linear(self, lease: AnyLease, x: torch.Tensor) -> torch.Tensor:
         """Without the detour over the module's parameters, which costs more than some layers compute."""
         weight, bias = lease.parts["weight"], lease.parts.get("bias")
         if self._arithmetic == "exact" and multiply.serves(weight, x):
             return linear(weight, bias, x, self._scratch, self._computation_dtype)
-        weight = self._weight(weight, x.dtype)
+        scratch = None if goes_back(x) else self._scratch
+        weight = self._weight(weight, x.dtype, scratch)
         if bias is not None:
             bias = _cast(bias, x.dtype)
-        bias = let_go(lease, weight, bias, self._scratch)
+        bias = let_go(lease, weight, bias, scratch)
         return torch.nn.functional.linear(x, weight, bias)
 
     def _original_on(
         self, lease: AnyLease, module: torch.nn.Module, inputs: torch.Tensor, args: Any, kwargs: Any
     ) -> Any:
         dtype = inputs.dtype if inputs.is_floating_point() else self._layer.parts[0].dtype
+        scratch = None if goes_back(inputs) else self._scratch
         parts = {name: _cast(tensor, dtype) for name, tensor in lease.parts.items() if name != "weight"}
         if "weight" in lease.parts:
-            parts["weight"] = weight = self._weight(lease.parts["weight"], dtype)
+            parts["weight"] = weight = self._weight(lease.parts["weight"], dtype, scratch)
             if parts.keys() <= {"weight", "bias"}:
-                bias = let_go(lease, weight, parts.get("bias"), self._scratch)
+                bias = let_go(lease, weight, parts.get("bias"), scratch)
                 if bias is not None:
                     parts["bias"] = bias
         masters = module._parameters.copy()
@@ -228,11 +249,11 @@ class Forward:
         finally:
             module._parameters.update(masters)
 
-    def _weight(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _weight(self, weight: torch.Tensor, dtype: torch.dtype, scratch: Scratch | None) -> torch.Tensor:
         return weight_for(
             weight,
             dtype,
-            self._scratch,
+            scratch,
             arithmetic=self._arithmetic,
             computation_dtype=self._computation_dtype,
         )

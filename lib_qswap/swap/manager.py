@@ -9,7 +9,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from numbers import Integral
+from typing import Any, get_args
 
 import torch
 
@@ -254,13 +255,14 @@ class Attachment:
                     self._balance(budget_bytes)
                 return
             except torch.cuda.OutOfMemoryError:  # the name that torch 2.3 has as well, for every device
-                had = budget_bytes
+                had, grown = budget_bytes, self.grown_bytes
                 self.unload()
                 self.device.empty_cache()
                 floor = self.floor_bytes
                 if had <= floor:
                     raise
                 budget_bytes = max(floor, had * 4 // 5)
+                self.grown_bytes = max(0, grown - (had - budget_bytes))
                 ledger.message(
                     f"{self.name}: the device has no room for {had / 2**20:.0f} MB of weights; trying "
                     f"{budget_bytes / 2**20:.0f} MB. Close other programs that use the GPU, or give the "
@@ -461,7 +463,8 @@ class Attachment:
     def rest(self) -> None:
         """This model does not run for a while: what its layers pass through is given back, residents stay."""
         with self.state.turn.held():
-            self.state.turn.end_step()  # One that was begun and never ended.
+            for key in self._root_keys:
+                self.state.turn.end_step(key)  # One that was begun and never ended.
             self.adaptation.profile.close()
             self.idle.kept.abandon()
             self.kept.clear()
@@ -541,7 +544,7 @@ class Attachment:
         """The forward of `root` (the module, or a part of it that runs by itself) begins; `work`: by
         which its time is known; `asked`: as from `IdleLayers.asked`, None: nothing is known of it."""
         work = work or Work(id(root), ())
-        self.state.turn.begin_step()  # `ModuleHooks` ends it, however the forward ends.
+        self.state.turn.begin_step(id(root))  # `ModuleHooks` ends it, however the forward ends.
         self.used_at = time.time()
         self._ran_in = threading.get_ident()
         self.state.enter()
@@ -554,7 +557,8 @@ class Attachment:
         """The forward of `root` raised."""
         self.state.streamer.abandon_step(id(root))
         self.idle.kept.abandon()
-        self.state.turn.end_step()  # No hook is called after what is no Exception, such as Ctrl-C.
+        self.adaptation.profile.forget(id(root))
+        self.state.turn.end_step(id(root))  # No hook is called after what is no Exception, such as Ctrl-C.
 
     def end_step(self, root: torch.nn.Module) -> None:
         """The forward of `root` is over."""
@@ -579,8 +583,7 @@ def _module_gone(attachment: Attachment) -> None:
 
 
 def is_weighted(module: torch.nn.Module) -> bool:
-    """What can be swapped unless the host knows better: a leaf of torch's own kinds whose weight is a matrix
-    or a kernel."""
+    """Whether it is a leaf of torch's own kinds whose weight is a matrix or a kernel."""
     weight = module._parameters.get("weight")
     return (
         weight is not None
@@ -588,6 +591,17 @@ def is_weighted(module: torch.nn.Module) -> bool:
         and not module._modules
         and isinstance(module, (torch.nn.Linear, torch.nn.modules.conv._ConvNd))
     )
+
+
+READ_BY_PARENTS = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)
+"""Modules of torch's that compute with the weights of the modules in them, and do not call those."""
+
+
+def _called_layers(model: torch.nn.Module) -> Callable[[torch.nn.Module], bool]:
+    """What of `model` can be swapped unless the host knows better: what is weighted, and computes itself."""
+    parents = (module for module in model.modules() if isinstance(module, READ_BY_PARENTS))
+    read = {id(module) for parent in parents for module in parent.modules()}
+    return lambda module: is_weighted(module) and id(module) not in read
 
 
 def attach(
@@ -618,11 +632,22 @@ def attach(
             they are given.
 
     Raises:
-        ValueError: an unknown location or device.
+        TypeError: `compute_dtype` is no torch.dtype, or a number of bytes is none.
+        ValueError: an unknown location, arithmetic or device; a number of bytes below zero.
         torch.OutOfMemoryError: the device has no room for fixed weights, scratch and the largest layer.
     """
     if location not in LOCATIONS:
         raise ValueError(f"location is {location!r}; choose one of {', '.join(LOCATIONS)}")
+    if arithmetic not in get_args(Arithmetic):
+        raise ValueError(f"arithmetic is {arithmetic!r}; choose one of {', '.join(get_args(Arithmetic))}")
+    if not isinstance(compute_dtype, torch.dtype | None):
+        raise TypeError(f"compute_dtype is {compute_dtype!r}; give a torch.dtype, such as torch.bfloat16")
+    numbers = {"budget_bytes": budget_bytes, "pin_budget_bytes": pin_budget_bytes, "ring_bytes": ring_bytes}
+    for argument, nbytes in numbers.items():
+        if not isinstance(nbytes, Integral | None):
+            raise TypeError(f"{argument} is {nbytes!r}; give a number of bytes")
+        if nbytes is not None and nbytes < 0:
+            raise ValueError(f"{argument} is {nbytes}; give a number of bytes, or 0")
     attachment = Attachment(
         module,
         device_of(device),
@@ -632,7 +657,7 @@ def attach(
         ring_bytes=ring_bytes,
         arithmetic=arithmetic,
         compute_dtype=compute_dtype,
-        can_swap=is_weighted,
+        can_swap=_called_layers(module),
         roots=None,
         conditioning=conditioning,
     )

@@ -40,10 +40,10 @@ class ModuleHooks:
             if attachment is not None:
                 attachment.end_step(root)
 
-        def end_turn(_root: torch.nn.Module, _args: Any, _output: Any) -> None:
+        def end_turn(root: torch.nn.Module, _args: Any, _output: Any) -> None:
             attachment = reference()
             if attachment is not None:
-                attachment.state.turn.end_step()
+                attachment.state.turn.end_step(id(root))
 
         def relieve(root: torch.nn.Module) -> bool:
             attachment = reference()
@@ -72,9 +72,8 @@ class ModuleHooks:
             if module is not None:
                 original = module.__dict__.get("forward")
                 call = _ignoring_module(original) if original is not None else type(module).forward
-                streamer, scratch = attachment.state.streamer, attachment.state.scratch
                 module.__dict__["forward"] = Forward(
-                    layer, call, streamer, scratch, attachment.arithmetic, attachment.compute_dtype
+                    layer, call, attachment.state, attachment.arithmetic, attachment.compute_dtype
                 )
                 self._forwards.append((weakref.ref(module), original))
         for reference in attachment.gathered:

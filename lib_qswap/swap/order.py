@@ -94,7 +94,8 @@ class Order(Generic[L]):
         those follows, the order is another one; if the layer follows that stood behind the one that overtook
         them, they are skipped.
         """
-        self._recorded.append(layer)
+        if self._leader is not None:  # Else nobody asks for it: the layer is used by itself.
+            self._recorded.append(layer)
         place = self._position
         if place < len(self._predicted) and self._predicted[place] == layer:
             self._position += 1

@@ -63,13 +63,21 @@ class Profile:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._begun: dict[Work, int] = {}
+        self._again: set[Work] = set()
         self._needs: dict[Work, Need] = {}
         self._in_use: dict[Hashable, Work] = {}
         self._open: tuple[Work, int, int] | None = None
 
     def has_measured(self, work: Work) -> bool:
         """Whether another forward of it has no need to be."""
+        return self._knows_need(work) and work not in self._again
+
+    def _knows_need(self, work: Work) -> bool:
         return self._begun.get(work, 0) == MEASURED_STEPS
+
+    def measure_again(self, work: Work) -> None:
+        """The times of its measured steps are lost: another one is measured."""
+        self._again.add(work)
 
     def begin(self, work: Work, layers: Sequence[Layer]) -> None:
         """A forward begins that is to be measured."""
@@ -78,9 +86,12 @@ class Profile:
             oldest = next(iter(self._begun))
             del self._begun[oldest]
             self._needs.pop(oldest, None)
+            self._again.discard(oldest)
             for layer in layers:
                 layer.times.by_work.pop(oldest, None)
-        self._begun[work] = self._begun.get(work, 0) + 1
+        if not self._knows_need(work):
+            self._begun[work] = self._begun.get(work, 0) + 1
+        self._again.discard(work)
         allocated_bytes = self._device.allocated_bytes()
         if allocated_bytes is not None:
             self._open = work, allocated_bytes, self._device.peak_allocated_bytes()
@@ -105,12 +116,13 @@ class Profile:
         for work in [work for work in self._begun if work.root == root]:
             del self._begun[work]
             self._needs.pop(work, None)
+            self._again.discard(work)
         self._in_use.pop(root, None)
 
     def need(self, work: Work) -> Need | None:
         """What a step of `work` takes on the device beside what was there before it; None: not measured
         yet."""
-        return self._needs.get(work) if self.has_measured(work) else None
+        return self._needs.get(work) if self._knows_need(work) else None
 
     def is_in_use(self, work: Work) -> bool:
         """Whether the layers' `compute_s` are those of `work`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ import torch
 
 class RetryingForward:
     """The forward of a model's root in place of its own: out of memory, it lets `relieve` make room and
-    begins anew, until there is nothing left to give. What it raises, `abandon` is told of."""
+    begins anew, with the arguments as they were, until there is nothing left to give. What it raises,
+    `abandon` is told of."""
 
     def __init__(
         self,
@@ -27,6 +28,7 @@ class RetryingForward:
         root = self._root()
         if root is None:
             raise ReferenceError("the model is gone")
+        contents = list(_contents((args, kwargs)))
         while True:
             try:
                 if self._own is not None:
@@ -40,6 +42,8 @@ class RetryingForward:
                 self._abandon(root)
                 raise
             # Only here has the traceback let go of the tensors of the forward that failed.
+            for container, content in contents:
+                _restore(container, content)
 
     def put_in_place(self) -> None:
         root = self._root()
@@ -54,3 +58,25 @@ class RetryingForward:
                 del root.__dict__["forward"]
             else:
                 root.__dict__["forward"] = self._own
+
+
+def _contents(value: Any) -> Iterator[tuple[Any, Any]]:
+    """The dicts and lists in `value`, at any depth, each with a copy of it. A forward may take out of them
+    what it has used: a ControlNet's residuals, block by block."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if not isinstance(value, dict | list | tuple) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if not isinstance(value, tuple):
+            yield value, value.copy()
+        waiting.extend(value.values() if isinstance(value, dict) else value)
+
+
+def _restore(container: Any, content: Any) -> None:
+    if isinstance(container, dict):
+        container.clear()
+        container.update(content)
+    else:
+        container[:] = content

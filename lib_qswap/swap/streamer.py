@@ -72,6 +72,7 @@ class Streamer:
         self._retired: deque[Transfer] = deque(maxlen=64)
         self._unmarked: list[Transfer] = []
         self._unmarked_on: Any = None
+        self._computed_on: Any = None
 
     # ------------------------------------------------------------------------------------------ between steps
     @property
@@ -111,6 +112,7 @@ class Streamer:
             self._quiesce()
 
     def _quiesce(self) -> None:
+        self._follow()
         self._drop_ahead()
         for transfer in list(self._leased):
             self._give_back(transfer)
@@ -121,10 +123,20 @@ class Streamer:
             transfer.done.wait(self.copier.stream)
             transfer.read_by = None
         self.device.order(self.copier.stream, self.device.current_stream())
+        # Nobody has a slot now; one that was taken when Ctrl-C came would never be given back.
+        self._ring = Ring(self._ring.capacity_bytes)
         self._views.clear()
         self._waiting = None, 0
         self._retired.clear()
         self.timeline.forget()
+
+    def _follow(self) -> None:
+        """What the calling thread issues from now on runs after what has computed here before: scratch and
+        residents know no streams."""
+        stream = self.device.current_stream()
+        if self._computed_on is not None and not _same(self._computed_on, stream):
+            self.device.order(self._computed_on, stream)
+        self._computed_on = stream
 
     def idle(self, besides: Collection[Layer] = ()) -> bool:
         """Whether `quiesce` would disturb nobody now: it is called from nowhere inside, and no layer is
@@ -157,6 +169,7 @@ class Streamer:
             layer.lease = ResidentLease(layer.part_views(target))
             layer.resident_ready = Transfer(layer, target, layer.lease.parts, uploads=True)
         if layers:  # Work on memory that was freed for them may still be under way.
+            self._follow()
             self.device.order(self.device.current_stream(), self.copier.stream)
 
     def begin_uploads(self, layers: Iterable[Layer]) -> None:
@@ -167,6 +180,7 @@ class Streamer:
 
     def evict(self, layers: Sequence[Layer]) -> None:
         """Drops the permanent copies of `layers`; nothing is moved. Only between steps."""
+        self._follow()
         begun = [layer for layer in layers if layer.resident_ready is not None and not is_waiting(layer)]
         if begun:
             for layer in begun:
@@ -181,6 +195,7 @@ class Streamer:
         """The forward of the model `root` begins. `wrap`: whether another forward of it will follow (None:
         not known). `measured`: the work whose times are measured in it, if any."""
         with self._lock:
+            self._follow()
             for transfer in list(self._leased):  # Abandoned: their forward raised.
                 self._give_back(transfer)
             self._mark_read()

@@ -123,6 +123,10 @@ class Timeline:
         if self._step is not None and self._step.root == root:
             self._step, self.profiling = None, False
 
+    def is_waiting_for(self, measured: Hashable) -> bool:
+        """Whether the device has still to do a step in which the times of that work are taken."""
+        return any(step.measured == measured for step in self._waiting)
+
     def forget(self) -> None:
         """The steps that the device has not done yet are dropped, and nothing is held on to."""
         self.collect()
