@@ -264,6 +264,18 @@ def test_a_language_model_is_refused_in_one_sentence(forge, tmp_path):
     assert any("a language model" in text for text in swap_models.messages())
 
 
+def test_a_file_that_cannot_be_read_is_what_forge_says_and_is_opened_again(forge, tmp_path, monkeypatch):
+    """A network drive, say: Forge has dropped the model before, and takes it for loaded."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes([tensor("weight", values(256, 256), "Q8_0")]))
+    monkeypatch.setattr(forge.qswap("names"), "known_to_forge", lambda file: os.stat(tmp_path / "gone"))
+    forge.sd_models.model_data.forge_hash = "loaded"
+    with pytest.raises(FileNotFoundError):
+        forge.sd_models.forge_loader(str(path))
+    assert forge.sd_models.model_data.forge_hash == ""
+    assert any("gone" in text for text in swap_models.messages())
+
+
 def test_what_is_wrong_with_a_file_is_what_forge_says_too(forge, tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF")

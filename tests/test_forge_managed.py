@@ -443,6 +443,42 @@ def test_a_limit_holds_for_models_that_would_fit_whole(forge_that_loads, limit):
     assert attachment.budget_bytes == (attachment.floor_bytes if limit == "Never OOM" else 20 * MB)
 
 
+def test_a_limit_holds_for_all_models_together(small_gpu):
+    small_gpu.shared.opts.data["qswap_gpu_budget_mb"] = 80
+    managed, memory = small_gpu.qswap("managed"), small_gpu.memory_management
+    first, second = patcher_of(small_gpu), patcher_of(small_gpu)
+    attachments = []
+    for patcher in (first, second, first):
+        memory.load_models_gpu([patcher])
+        attachments.append(managed.attachment_of(patcher.model))
+        held = sum(one.device_bytes() for one in set(attachments)) + attachments[0].state.shared_bytes
+        assert held <= 80 * MB
+        # What runs has all that it can use.
+        assert attachments[-1].resident_bytes == attachments[-1].payload_bytes
+    small_gpu.shared.opts.data["qswap_gpu_budget_mb"] = 40
+    memory.load_models_gpu([first, second])
+    assert sum(one.device_bytes() for one in set(attachments)) <= 40 * MB
+
+
+def test_an_error_that_forge_makes_as_well_is_not_taken_for_qswaps(forge_that_loads, monkeypatch):
+    forge, managed = forge_that_loads, forge_that_loads.qswap("managed")
+    patcher = patcher_of(forge)
+
+    def refresh_loras():
+        raise ValueError("the shapes of a LoRA do not match")
+
+    monkeypatch.setattr(patcher, "refresh_loras", refresh_loras)
+    monkeypatch.setattr(
+        forge.memory_management.LoadedModel, "model_load", lambda self, budget=-1: refresh_loras()
+    )
+    with pytest.raises(ValueError, match="do not match"):
+        forge.memory_management.load_models_gpu([patcher])
+    monkeypatch.undo()
+    assert managed.refusal(patcher.model) is None
+    forge.memory_management.load_models_gpu([patcher])
+    assert managed.attachment_of(patcher.model).active
+
+
 def test_a_model_that_was_refused_stays_with_forge(forge_that_loads):
     forge, managed = forge_that_loads, forge_that_loads.qswap("managed")
     patcher = plain_patcher(forge)
@@ -460,6 +496,8 @@ def test_what_forge_adds_to_a_weight_is_part_of_what_is_asked_for(small_gpu):
     module.forge_online_loras = {"weight": lora}
     first = added(module)
     assert first == added(module)
+    lora[0][1] = (object(),)  # as Forge does after each run, when it moves the matrices
+    assert added(module) == first
     lora[0][0] = 0.5  # as extensions do between two forwards
     assert added(module) != first
     hash(first)
@@ -546,9 +584,9 @@ class IntegratedFluxTransformer2DModel(torch.nn.Module):
             self.single_blocks.append(block)
 
     def forward(self, x, timestep, context, y, guidance=None, **kwargs):
-        x = self.img_in(x) / 1000
+        x = x + self.img_in(x) / 1000
         for block in self.single_blocks:
-            x = block.linear1(x) / 1000 + block.modulation.lin(timestep * y) / 1000
+            x = x + block.linear1(x) / 1000 + block.modulation.lin(timestep * y) / 1000
         return x
 
 
@@ -561,7 +599,7 @@ def flux_images(forge, patcher, seeds):
         forge.memory_management.load_models_gpu([patcher], memory_required=16 * MB)
         before = {layer.name: layer.times.uses for layer in attachment.layers}
         with torch.inference_mode():
-            x = torch.full((1, 1024), seed * 1e6, device=GPU)
+            x = torch.full((1, 1024), float(seed), device=GPU)
             for t in (1.0, 0.6, 0.3):
                 now = torch.full((1,), t, device=GPU)
                 x = patcher.model.diffusion_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import forge_standin
@@ -300,6 +301,46 @@ def test_the_infotext_names_what_can_change_the_image(loaded, weight, options, w
     loaded.sd_models.make_unet = lambda: patcher(torch.zeros(2) if weight is None else packed(weight))
     p = loaded.generate(override_settings=options)
     assert p.extra_generation_params == written
+
+
+def test_what_another_cell_of_a_grid_wrote_is_not_kept(loaded):
+    """They are copies of one another, with one dictionary."""
+    loaded.sd_models.make_unet = lambda: patcher(packed("Q4_0"))
+    first = loaded.generate()
+    assert first.extra_generation_params == {"QSwap arithmetic": "exact"}
+
+    def share(p):
+        p.extra_generation_params = first.extra_generation_params
+
+    second = loaded.generate(override_settings={"qswap_arithmetic": "like Forge"}, during=share)
+    assert second.extra_generation_params == {}
+
+
+def test_prompts_of_the_hires_pass_are_forgotten_as_well(loaded):
+    kind = loaded.processing.StableDiffusionProcessingTxt2Img
+    loaded.generate()
+    kind.cached_hr_c = kind.cached_hr_uc = ["a prompt", None, None]
+    loaded.generate()
+    assert kind.cached_hr_c[0] == "a prompt"
+    loaded.generate(override_settings={"qswap_arithmetic": "like Forge"})
+    assert kind.cached_hr_c == kind.cached_hr_uc == [None, None, None]
+
+
+def test_what_a_generation_was_computing_when_it_failed_is_let_go_of_with_the_next(loaded):
+    kept = []
+
+    def fail():
+        tensor = torch.ones(1)
+        kept.append(weakref.ref(tensor))
+        raise RuntimeError("out of memory")
+
+    try:
+        fail()
+    except RuntimeError as error:
+        loaded.main_thread.last_exception = error
+    assert kept[0]() is not None
+    loaded.generate()
+    assert kept[0]() is None
 
 
 def test_weights_that_are_packed_while_the_model_is_loaded_are_named_too(loaded):

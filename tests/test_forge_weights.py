@@ -207,11 +207,108 @@ def test_loras_of_a_bnb_model_are_taken_out_and_added_on_the_fly_from_then_on(fo
     patcher.lora_loader.refresh = lambda patches=None, **kwargs: refreshed.append(
         list(kwargs.get("lora_patches", patches))
     )
-    patcher.add_patches(filename="style", patches={"a": 1})
+    patcher.add_patches(filename="style", patches={"diffusion_model.layers.0.weight": 1})
     patcher.refresh_loras()
     forge.qswap("bnb").take_over(patcher)
     patcher.refresh_loras()
     assert refreshed == [[("style", 1.0, 1.0, False)], [], [("style", 1.0, 1.0, True)]]
+
+
+class Normed(Network):
+    """With a norm whose forward adds nothing on the fly, as most of Forge's."""
+
+    def __init__(self, layers) -> None:
+        super().__init__(layers)
+        self.norm = torch.nn.LayerNorm(SIZE).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(super().forward(x).float())
+
+
+STYLE = {"diffusion_model.layers.0.weight": 0.01, "diffusion_model.norm.weight": 2.0}
+
+
+@pytest.fixture
+def normed(forge):
+    layers = [
+        forge.operations.ForgeOperations.Linear(
+            torch.nn.Parameter(swap_models.packed_weight("Q8_0", (SIZE, SIZE), seed), requires_grad=False)
+        )
+        for seed in range(LAYERS)
+    ]
+    return forge.patcher_of(Normed(layers), torch.float32, CPU)
+
+
+def test_a_lora_reaches_the_norms_of_a_packed_model_too(forge, normed):
+    x = inputs(3, torch.float32)
+    plain = run(normed, x)
+    with torch.inference_mode():
+        weight = normed.model.diffusion_model.layers[0].weight.dequantize(torch.float32) + 0.01
+        expected = torch.nn.functional.linear(x, weight)
+        for layer in normed.model.diffusion_model.layers[1:]:
+            expected = torch.nn.functional.linear(expected, layer.weight.dequantize(torch.float32))
+        expected = torch.nn.functional.layer_norm(expected, (SIZE,), torch.full((SIZE,), 3.0))
+    assert normed.add_patches(filename="style", patches={**STYLE, "elsewhere.weight": 1.0}) == set(STYLE)
+    managed_load(forge, normed, 1 << 20)
+    for _ in range(2):
+        normed.refresh_loras()
+        assert torch.allclose(run(normed, x), expected, atol=1e-4)
+    normed.lora_patches = {}
+    normed.refresh_loras()
+    assert torch.equal(run(normed, x), plain)
+
+
+def test_a_norm_that_was_to_be_merged_is_merged_when_the_weights_come_to_be_packed(forge, bnb_model):
+    patcher = bnb_model(torch.bfloat16)
+    patcher.model.norm = torch.nn.LayerNorm(SIZE)
+    patches = {"diffusion_model.layers.0.weight": 1.0, "norm.weight": 2.0}
+    patcher.add_patches(filename="style", patches=patches)
+    forge.qswap("bnb").take_over(patcher)
+    patcher.refresh_loras()
+    assert [key[3] for key in patcher.lora_patches] == [True, False]
+    assert patcher.model.diffusion_model.layers[0].forge_online_loras.keys() == {"weight"}
+    assert torch.equal(patcher.model.norm.weight, torch.full((SIZE,), 3.0))
+
+
+def test_a_lora_that_was_loaded_again_takes_the_place_of_the_first(forge, normed):
+    """For another strength of the text encoder's part: under the same name and strength here."""
+    layer = normed.model.diffusion_model.layers[0]
+    for _ in range(2):
+        normed.lora_patches = {}
+        normed.add_patches(filename="style", patches=STYLE)
+        for _ in range(2):
+            normed.refresh_loras()
+            (own,) = normed.lora_patches["style", 1.0, 1.0, True]["diffusion_model.layers.0.weight"]
+            (added,) = layer.forge_online_loras["weight"]
+            assert added is own
+
+
+def test_a_bnb_model_that_was_taken_over_is_saved_as_bitsandbytes_had_it(forge, bnb_model):
+    patcher, x = bnb_model(torch.bfloat16), inputs(3, torch.bfloat16)
+    expected = run(patcher, x)
+    plain = {name: tensor.clone() for name, tensor in patcher.model.state_dict().items()}
+    forge.qswap("bnb").take_over(patcher)
+    managed_load(forge, patcher, 1 << 20)
+    saved = forge.utils.get_state_dict_after_quant(patcher.model.diffusion_model, prefix="model.")
+    assert not any(isinstance(tensor, PackedTensor) for tensor in saved.values())
+    for index, layer in enumerate(patcher.model.diffusion_model.layers):
+        key = f"model.layers.{index}.weight"
+        assert torch.equal(saved[key], plain[f"diffusion_model.layers.{index}.weight"])
+        state = forge.operations_bnb.QuantState(
+            saved[f"{key}.absmax"],
+            shape=layer.weight.shape,
+            code=saved[f"{key}.quant_map"],
+            blocksize=64,
+            dtype=torch.bfloat16,
+        )
+        own = forge.operations_bnb.ForgeParams4bit(saved[key], state)
+        x = forge.operations_bnb.functional_linear_4bits(x, own, layer.bias.to(x.dtype))
+    assert torch.equal(x, expected)
+
+
+def test_weights_of_a_gguf_file_are_not_saved_as_bytes_that_nobody_can_read(forge, normed):
+    with pytest.raises(NotImplementedError, match="the file itself has them all"):
+        forge.utils.get_state_dict_after_quant(normed.model)
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])

@@ -23,12 +23,15 @@ from .patches import Patch
 
 
 def patches() -> list[Patch]:
-    from backend import operations
+    from backend import operations, utils
 
+    found = []
+    if hasattr(utils, "get_state_dict_after_quant"):  # Of what can be saved as a checkpoint.
+        found.append(Patch(utils, "get_state_dict_after_quant", _state_dict_to_save))
     # Forge's own spelling. Without bitsandbytes it has no such layers.
-    if not getattr(operations, "bnb_avaliable", False):
-        return []
-    return [Patch(operations.ForgeOperationsBNB4bits.Linear, "forward", _linear)]
+    if getattr(operations, "bnb_avaliable", False):
+        found.append(Patch(operations.ForgeOperationsBNB4bits.Linear, "forward", _linear))
+    return found
 
 
 def is_bnb(model: torch.nn.Module) -> bool:
@@ -103,6 +106,33 @@ def _linear(original: Any, self: Any, x: torch.Tensor) -> torch.Tensor:
         if as_bitsandbytes:
             return operations.functional_linear_4bits(x, _in_its_own_layout(self, weight), bias)
         return torch.nn.functional.linear(x, weight, bias)
+
+
+def _state_dict_to_save(
+    original: Any, model: torch.nn.Module, prefix: str = "", **kwargs: Any
+) -> dict[str, torch.Tensor]:
+    """What Forge writes into a checkpoint: weights that were packed as bitsandbytes had them.
+
+    Raises:
+        NotImplementedError: others are packed; Forge alone would write bytes that nobody can read.
+    """
+    packed = {
+        name: (module, weight)
+        for name, module in model.named_modules()
+        if isinstance(weight := module._parameters.get("weight"), PackedTensor)
+    }
+    if any(not weight.format.name.startswith("BNB_") for _module, weight in packed.values()):
+        raise NotImplementedError(
+            "The weights of a GGUF file cannot be saved as another checkpoint: the file itself has them all."
+        )
+    saved: dict[str, torch.Tensor] = original(model, prefix, **kwargs)
+    for name, (module, weight) in packed.items():
+        key = f"{prefix}{name}.weight"
+        own: Any = _in_its_own_layout(module, weight)
+        saved[key] = own.cpu().clone()
+        for entry, tensor in own.quant_state.as_dict(packed=True).items():
+            saved[f"{key}.{entry}"] = tensor.cpu().clone()
+    return saved
 
 
 def _in_its_own_layout(layer: torch.nn.Module, weight: PackedTensor) -> torch.Tensor:

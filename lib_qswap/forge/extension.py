@@ -93,6 +93,10 @@ def begin_generation(processing: Any) -> settings.Settings:
             return chosen
         # Images within one job (the cells of a grid, a detailer's passes) may hold on to the loaded model,
         # and so does the upscale button.
+        if first_of_job:
+            from . import leftovers
+
+            leftovers.drop_last_error()
         if first_of_job and not getattr(processing, "txt2img_upscale", False):
             if chosen.enabled != applied():
                 _switch(chosen.enabled)
@@ -101,9 +105,20 @@ def begin_generation(processing: Any) -> settings.Settings:
             _loaded_dtype = chosen.compute_dtype
         computed_with = (applied(), chosen.arithmetic, _loaded_dtype, chosen.unpack_kernel)
         if _computed_with is not None and computed_with != _computed_with:
-            processing.clear_prompt_cache()
+            _clear_prompt_caches(processing)
         _computed_with = computed_with
     return chosen
+
+
+def _clear_prompt_caches(processing: Any) -> None:
+    from modules import processing as of_forge
+
+    processing.clear_prompt_cache()
+    # Forge leaves those of the hires pass as they are.
+    for holder in (processing, getattr(of_forge, "StableDiffusionProcessingTxt2Img", None)):
+        for name in ("cached_hr_c", "cached_hr_uc"):
+            if hasattr(holder, name):
+                setattr(holder, name, [None, None, None])
 
 
 def applied() -> bool:

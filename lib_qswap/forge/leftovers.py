@@ -8,6 +8,8 @@ many objects. Ten megabytes an image are in no budget, and would be missing from
 from __future__ import annotations
 
 import gc
+import sys
+import traceback
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +23,17 @@ LOOK_FROM_BYTES = 64 << 20
 """Python looks, which takes about 0.2 s, when so much more is on the device than when it last did."""
 
 _known_bytes: dict[torch.device, int] = {}
+
+
+def drop_last_error() -> None:
+    """Lets go of what the last generation was computing when it failed: Forge keeps its error, and with it
+    all that its functions had, until the next one has succeeded."""
+    error = getattr(sys.modules.get("modules_forge.main_thread"), "last_exception", None)
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def collect(device: torch.device, free_bytes: int) -> bool:

@@ -101,9 +101,8 @@ def _load_torch_file(original: Any, ckpt: str, *args: Any, **kwargs: Any) -> dic
         if reason := names.refusal(file):
             raise GGUFError(f"{file.path}: {reason}")
         return {name: _parameter(packed) for name, packed in names.known_to_forge(file).items()}
-    except GGUFError as error:
+    except (GGUFError, OSError) as error:
         ledger.message(str(error), "error")
-        expect_no_model()
         raise
 
 
@@ -111,8 +110,9 @@ def _forge_loader(original: Any, *args: Any, **kwargs: Any) -> Any:
     """Forge says "Failed to recognize model type!" whatever went wrong while it read the files."""
     try:
         return original(*args, **kwargs)
-    except ValueError as error:
-        if isinstance(error.__context__, GGUFError):
+    except Exception as error:
+        expect_no_model()
+        if isinstance(error, ValueError) and isinstance(error.__context__, GGUFError | OSError):
             raise error.__context__ from None
         raise
 

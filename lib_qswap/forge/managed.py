@@ -178,9 +178,10 @@ def _roots(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def _online_loras(module: torch.nn.Module) -> Hashable:
-    """The LoRAs that Forge's forward adds, with their strengths: other extensions change these in place."""
+    """The LoRAs that Forge's forward adds, with their strengths: other extensions change these in place.
+    Forge moves their matrices after each run, into other tuples in the same lists."""
     return tuple(
-        (name, id(patch[1]), *map(str, (patch[0], patch[2])))
+        (name, id(patch), *map(str, (patch[0], patch[2])))
         for name, patches in getattr(module, "forge_online_loras", {}).items()
         for patch in patches
     )
@@ -275,6 +276,11 @@ def refuse(model: torch.nn.Module) -> None:
     if attachment is not None:
         release(attachment, model)
     _refused.add(model)
+
+
+def stop_refusing(model: torch.nn.Module) -> None:
+    """Forge could not serve it either: what was wrong was not QSwap's."""
+    _refused.discard(model)
 
 
 def refusal(model: torch.nn.Module) -> str | None:

@@ -302,7 +302,7 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
     device = patcher.load_device
     attachment = managed.attachment_for(patcher) if managed.wants_care(patcher) else None
     if attachment is not None:
-        need = attachment.whole_bytes - _own_bytes(attachment)
+        need = _limited(attachment.whole_bytes) - _own_bytes(attachment)
     else:
         need = mm.module_size(patcher.model, exclude_device=device)
     _make_room(need + inference_bytes, device, keep)
@@ -332,9 +332,11 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
             _leave_to_host(patcher, None, keep, reason, int(max(0, available)))
             return
         attachment = managed.attachment_for(patcher)
+    others = _share_limit(attachment, keep)
     own = _own_bytes(attachment)
-    budget = _limited(available + own)
-    spare = _limited(available + own + inference_bytes) - budget
+    available = _free_bytes(device) - inference_bytes
+    budget = _limited(available + own, others)
+    spare = _limited(available + own + inference_bytes, others) - budget
     if attachment.crowded_bytes:
         budget = max(0, min(budget, attachment.whole_bytes) - attachment.crowded_bytes)
         spare = max(0, spare - attachment.crowded_bytes)
@@ -366,7 +368,11 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
             "warning",
         )
         managed.refuse(patcher.model)
-        loaded.model_load(0)
+        try:
+            loaded.model_load(0)
+        except Exception:
+            managed.stop_refusing(patcher.model)
+            raise
     mm.current_loaded_models.insert(0, loaded)
 
 
@@ -402,8 +408,27 @@ def _leave_to_host(patcher: Any, loaded: Any, keep: list[Any], reason: str, budg
     ledger.note_unmanaged(name, f"left to Forge: {reason}")
 
 
-def _limited(budget_bytes: float) -> int:
-    """`budget_bytes`, within what the user allows."""
+def _share_limit(attachment: Attachment, keep: Sequence[Any]) -> int:
+    """Lets other models give up residents that would be more than the user allows, together with this one's;
+    returns the device bytes that they have then. `keep`: LoadedModels that stay as they are."""
+    from backend import memory_management as mm
+
+    limit = _limited(sys.maxsize)
+    if limit == sys.maxsize:
+        return 0
+    wanted = min(limit, attachment.whole_bytes)
+    loaded = {managed.attachment_of(one.model.model): one for one in reversed(mm.current_loaded_models)}
+    others = [one for one in loaded if one not in (None, attachment) and one.device is attachment.device]
+    for other in others:
+        excess = sum(one.device_bytes() for one in others) + wanted - limit
+        runs = other.is_running and managed.generation_runs_elsewhere()
+        if excess > 0 and other.active and loaded[other] not in keep and not runs:
+            other.give_up(excess)
+    return sum(one.device_bytes() for one in others)
+
+
+def _limited(budget_bytes: float, others_bytes: int = 0) -> int:
+    """`budget_bytes`, within what the user allows, of which other models have some."""
     from backend import memory_management as mm
 
     chosen = settings.in_effect()
@@ -412,7 +437,8 @@ def _limited(budget_bytes: float) -> int:
         limits.append(chosen.gpu_budget_bytes)
     if mm.vram_state == mm.VRAMState.NO_VRAM:
         limits.append(0)
-    return int(max(0, min([budget_bytes, *(limit for limit in limits if limit is not None)])))
+    allowed = [limit - others_bytes for limit in limits if limit is not None]
+    return int(max(0, min([budget_bytes, *allowed])))
 
 
 def _adopt_clones(models: Sequence[Any]) -> None:

@@ -107,6 +107,8 @@ def _times_of_run(params: Any, engine: Any) -> torch.Tensor | None:
 
 
 def _note_in_infotext(p: Any) -> None:
+    for key in ("QSwap arithmetic", "QSwap compute dtype", "QSwap unpacking"):
+        p.extra_generation_params.pop(key, None)  # The cells of a grid have one dictionary.
     if not extension.applied() or not _has_quantized_weights(p.sd_model):
         return
     chosen = settings.in_effect()

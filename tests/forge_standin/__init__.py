@@ -41,6 +41,7 @@ class WebUI:
         "modules.sd_models",
         "modules.shared",
         "modules_forge.main_entry",
+        "modules_forge.main_thread",
     )
 
     def __init__(self) -> None:

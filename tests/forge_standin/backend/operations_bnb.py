@@ -19,6 +19,13 @@ class QuantState:
         self.quant_type, self.dtype, self.offset, self.state2 = quant_type, dtype, offset, state2
         self.nested = state2 is not None
 
+    def as_dict(self, packed=False):
+        return {
+            "absmax": self.absmax,
+            "quant_map": self.code,
+            f"quant_state.bitsandbytes__{self.quant_type}": torch.empty(0, dtype=torch.uint8),
+        }
+
 
 class ForgeParams4bit(torch.nn.Parameter):
     def __new__(cls, data, quant_state=None, bnb_quantized=True, blocksize=64, quant_type="nf4"):

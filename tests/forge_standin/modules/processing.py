@@ -19,6 +19,10 @@ class StableDiffusionProcessing:
         self.prompt_caches_cleared += 1
 
 
+class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
+    cached_hr_c = cached_hr_uc = None
+
+
 def set_config(values):
     from modules_forge import main_entry
 

@@ -14,8 +14,12 @@ class ModelPatcher:
         return self.model is getattr(other, "model", None)
 
     def add_patches(self, *, filename, patches, strength_patch=1.0, strength_model=1.0, online_mode=False):
-        self.lora_patches[filename, strength_patch, strength_model, online_mode] = patches
-        return set(patches)
+        names = {name for name, _ in self.model.named_parameters()}
+        found = {key: patch for key, patch in patches.items() if key in names}
+        self.lora_patches[filename, strength_patch, strength_model, online_mode] = {
+            key: [[strength_patch, patch, strength_model, None, None]] for key, patch in found.items()
+        }
+        return set(found)
 
     def refresh_loras(self):
         self.lora_loader.refresh(lora_patches=self.lora_patches, offload_device=self.offload_device)
