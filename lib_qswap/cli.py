@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lib_qswap import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from lib_qswap.standalone.budget import Budget
     from lib_qswap.standalone.host import StandaloneHost
 
@@ -28,6 +30,7 @@ DEMO_QUANTS = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
     "F16",
 )
+DEVICES = "auto (default), cpu, cuda, xpu, mps, or another that torch knows"
 DEFAULT_STEPS = 4
 DEFAULT_PIXELS, DEFAULT_PIXELS_ON_CPU = 256, 128
 
@@ -44,6 +47,14 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    try:
+        return run_command(arguments)
+    except KeyboardInterrupt:  # at any moment: importing torch alone takes seconds
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def run_command(arguments: Sequence[str] | None) -> int:
     parsed = build_parser().parse_args(arguments)
     # On the CPU, threads that spin while they wait for the next product take the cores from those that still
     # compute: ten times slower where anything else runs. OpenMP reads this once, when torch is imported.
@@ -55,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         lacks = str(error.name).partition(".")[0]
         print(
-            f"qswap: {sys.executable} has no {lacks}: take the Python of the web UI, in its venv folder",
+            f"qswap: {sys.executable} has no {lacks}: take the Python that the web UI runs on (`venv` in its "
+            "folder, or `system\\python` beside it)",
             file=sys.stderr,
         )
         return 2
@@ -76,9 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
     print(f"qswap: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
@@ -90,21 +99,23 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"qswap {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, text: str) -> Parser:
+    def command(name: str, run: Any, text: str, *, json_help: str = "print JSON instead of text") -> Parser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=run)
-        sub.add_argument("--json", action="store_true", help="print JSON instead of text")
+        sub.add_argument("--json", action="store_true", help=json_help)
         return sub
 
     sub = command("inspect", inspect, "What is in a GGUF or safetensors file: tensors, types, problems.")
-    sub.add_argument("file", type=Path)
+    sub.add_argument("file", type=file_name, help="a .gguf or .safetensors file")
 
-    sub = command("demo", demo, "Make a Flux-shaped model of random weights once, run it, show the panel.")
+    with_page = "print JSON instead of text; with the page, its address alone"
+    text = "Make a Flux-shaped model of random weights once, run it, show the panel."
+    sub = command("demo", demo, text, json_help=with_page)
     sub.add_argument("--quant", default="Q4_K", choices=DEMO_QUANTS, help="type of its blocks (default Q4_K)")
     add_run_arguments(sub)
 
-    sub = command("run", run, "Run a Flux-family GGUF file, show the panel.")
-    sub.add_argument("file", type=Path)
+    sub = command("run", run, "Run a Flux-family GGUF file, show the panel.", json_help=with_page)
+    sub.add_argument("file", type=file_name, help="a .gguf file")
     add_run_arguments(sub)
 
     sub = command("plan", plan, "Which layers a budget keeps resident, and how long a step then takes.")
@@ -115,12 +126,21 @@ def build_parser() -> Parser:
         metavar="P.json",
         help="layers and link, or a saved /qswap/v1/residency",
     )
-    sub.add_argument("--budget", type=budget, required=True, help="50%% of the layers, or 512MB; with ring")
+    sub.add_argument(
+        "--budget",
+        type=budget,
+        required=True,
+        help="for resident layers and the transfer buffer: share of the layers' bytes, or bytes: 40%%, 512MB",
+    )
 
     sub = command("bench", bench, "Measure unpacking, loading and steps on this machine.")
-    sub.add_argument("what", choices=BENCHMARKS)
+    sub.add_argument(
+        "what",
+        choices=BENCHMARKS,
+        help="unpacking weights, loading the demo model, its steps by location and budget, or all of them",
+    )
     sub.add_argument("--quant", default="Q4_K", choices=DEMO_QUANTS, help="of the model, in load and step")
-    sub.add_argument("--device", default="auto")
+    sub.add_argument("--device", default="auto", help=DEVICES)
     sub.add_argument(
         "--location", type=str.lower, choices=LOCATIONS[2:], help="for step: one of them (default all)"
     )
@@ -141,20 +161,30 @@ def add_run_arguments(parser: Parser) -> None:
         default="auto",
         type=str.lower,
         choices=LOCATIONS,
-        help="home of the weights (default auto)",
+        help="where weights wait that are not on the device (default auto)",
     )
-    add("--budget", type=budget, help="device bytes for weights: 25%%, 512MB, 2GB (default: what is free)")
+    add(
+        "--budget",
+        type=budget,
+        help="share of the model's bytes, or bytes: 25%%, 512MB, 2GB (default: what is free)",
+    )
     add("--steps", type=positive, default=DEFAULT_STEPS, help=f"denoising steps (default {DEFAULT_STEPS})")
     add(
         "--size",
         type=positive,
         help=f"side of the image in pixels (default {DEFAULT_PIXELS}; on the CPU {DEFAULT_PIXELS_ON_CPU})",
     )
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the image's noise (default 0)")
     add("--arithmetic", default="exact", choices=("exact", "like-forge"), help="how weights are rounded")
-    add("--device", default="auto", help="auto, cpu, cuda, xpu, mps, or another that torch knows")
+    add("--device", default="auto", help=DEVICES)
     add("--port", type=port, default=7861, help="of the page (default 7861)")
     add("--open", action="store_true", help="open the page in the browser")
+
+
+def file_name(text: str) -> Path:
+    if not text:  # which Path takes for the current folder
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
 
 
 def budget(text: str) -> Budget:
@@ -184,15 +214,26 @@ def demo(arguments: argparse.Namespace) -> int:
     from lib_qswap.standalone.demo_file import demo_file
     from lib_qswap.standalone.headless import Progress
 
-    return run_file(demo_file(arguments.quant, on_progress=Progress("making the demo model")), arguments)
+    device = usable_device(arguments)  # before the file is made, which takes its time
+    path = demo_file(arguments.quant, on_progress=Progress("making the demo model"))
+    return run_file(path, device, arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return run_file(arguments.file, arguments)
+    return run_file(arguments.file, usable_device(arguments), arguments)
 
 
-def run_file(path: Path, arguments: argparse.Namespace) -> int:
-    host = make_host(path, arguments)
+def usable_device(arguments: argparse.Namespace) -> torch.device:
+    from lib_qswap.standalone.host import find_device
+
+    try:
+        return find_device(arguments.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def run_file(path: Path, device: torch.device, arguments: argparse.Namespace) -> int:
+    host = make_host(path, device, arguments)
     if not arguments.headless:
         serve_page(host, arguments)
         return 0
@@ -202,7 +243,8 @@ def run_file(path: Path, arguments: argparse.Namespace) -> int:
         summary, snapshot = run_headless(host)
     except FloatingPointError as error:
         raise UsageError(f"{path}: {error}") from None
-    print_result(arguments, summary.as_dict(), report(path, summary, snapshot))
+    answer = {**summary.as_dict(), "messages": snapshot["messages"]}
+    print_result(arguments, answer, report(path, summary, snapshot))
     return 0
 
 
@@ -222,11 +264,10 @@ def serve_page(host: StandaloneHost, arguments: argparse.Namespace) -> None:
     serve(host, port=arguments.port, open_browser=arguments.open, announce=announce)
 
 
-def make_host(path: Path, arguments: argparse.Namespace) -> StandaloneHost:
-    from lib_qswap.standalone.host import Settings, StandaloneHost, find_device
+def make_host(path: Path, device: torch.device, arguments: argparse.Namespace) -> StandaloneHost:
+    from lib_qswap.standalone.host import Settings, StandaloneHost
 
     try:
-        device = find_device(arguments.device)
         pixels = arguments.size or (DEFAULT_PIXELS_ON_CPU if device.type == "cpu" else DEFAULT_PIXELS)
         settings = Settings(
             location=arguments.location,
@@ -292,15 +333,14 @@ def plan(arguments: argparse.Namespace) -> int:
 def bench(arguments: argparse.Namespace) -> int:
     from lib_qswap.standalone import bench_dequant
     from lib_qswap.standalone.bench import Options, run_benchmarks
-    from lib_qswap.standalone.host import find_device
 
     names = BENCHMARKS[:-1] if arguments.what == "all" else (arguments.what,)
     types = arguments.types or bench_dequant.TYPES
     unknown = [name for name in types if name not in bench_dequant.TYPES]
     if unknown:
         raise UsageError(f"--types: {unknown[0]!r} is no type of blocks: {', '.join(bench_dequant.TYPES)}")
+    device = usable_device(arguments)
     try:
-        device = find_device(arguments.device)
         peers = bench_dequant.find_peers(arguments.comfyui_gguf, arguments.ggml, device)
     except ValueError as error:
         raise UsageError(str(error)) from None

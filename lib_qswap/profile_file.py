@@ -21,7 +21,8 @@ def read_profile(path: Path) -> tuple[list[LayerCost], float]:
         ValueError: it is no profile; the message names the field, not the file.
     """
     try:
-        profile = json.loads(path.read_text("utf-8"))
+        # Of bytes: PowerShell 5 writes UTF-16, which is found out then.
+        profile = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if isinstance(profile, dict) and isinstance(profile.get("models"), list):

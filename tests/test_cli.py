@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SUMMARY_KEYS = {
     *("output_sha256", "steps", "step_seconds", "compute_seconds", "stall_seconds", "location", "homes"),
     *("budget_bytes", "device_weight_bytes_peak", "pinned_bytes", "h2d_bytes_per_step", "d2h_bytes"),
-    *("peak_rss_bytes", "layers"),
+    *("peak_rss_bytes", "layers", "messages"),
 }
 
 
@@ -82,6 +83,13 @@ def test_the_version_is_that_of_the_project():
     assert f'\nversion = "{lib_qswap.__version__}"\n' in (ROOT / "pyproject.toml").read_text("utf-8")
 
 
+def test_the_folder_runs_as_the_module_does_where_python_does_not_look_into_the_current_folder():
+    # As with a ._pth file: isolated, and without the packages of this environment, QSwap among them.
+    command = [sys.executable, "-I", "-S", "lib_qswap", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == (f"qswap {lib_qswap.__version__}", "")
+
+
 def test_the_names_that_the_command_offers_are_those_of_the_parts():
     assert cli.DEMO_QUANTS == demo_file.QUANTS
     assert cli.LOCATIONS == home.LOCATIONS
@@ -108,6 +116,8 @@ def test_the_names_that_the_command_offers_are_those_of_the_parts():
         (["run", "NOT_GGUF", "--headless"], "not a GGUF file"),
         (["run", "NOT_FLUX", "--headless"], "no tensor img_in.weight"),
         (["inspect", "NOT_GGUF"], "not a GGUF file"),
+        (["inspect", ""], "file: the name is empty"),
+        (["run", "", "--headless"], "file: the name is empty"),
         (["demo", "--headless", "--quant", "Q4_Z"], "Q4_Z"),
         (["plan", "--profile", "MISSING.json", "--budget", "50%"], "MISSING.json: No such file"),
         (["plan", "--profile", "NOT_GGUF", "--budget", "50%"], "not JSON"),
@@ -135,6 +145,29 @@ def test_what_the_user_can_get_wrong_is_one_line_and_exit_code_2(
     assert err.endswith("\n")
 
 
+def test_a_device_that_is_not_there_is_said_before_the_demo_model_is_made(monkeypatch, capsys):
+    monkeypatch.setattr(demo_file, "demo_file", lambda *_, **__: pytest.fail("the file was made first"))
+    code, out, err = qswap(capsys, "demo", "--headless", "--device", "toaster")
+    assert (code, out) == (2, "")
+    assert "device toaster cannot be used" in err
+
+
+def test_ctrl_c_while_torch_is_imported_ends_in_a_word(monkeypatch, capsys):
+    class Interrupted(types.ModuleType):
+        def __getattr__(self, name: str) -> object:
+            if name == "OutOfMemoryError":
+                raise KeyboardInterrupt
+            raise AttributeError(name)
+
+    monkeypatch.setitem(sys.modules, "torch.cuda", Interrupted("torch.cuda"))
+    try:
+        code = cli.main(["doctor"])
+    except KeyboardInterrupt:
+        pytest.fail("a traceback is shown")
+    assert code == 130
+    assert capsys.readouterr() == ("", "stopped\n")
+
+
 @pytest.mark.simgpu
 def test_a_device_without_room_for_a_single_layer_is_one_line_and_exit_code_2(tiny, sim, capsys):
     sim.set_total(1 << 20)
@@ -153,6 +186,17 @@ def test_a_name_in_a_file_cannot_steer_the_terminal(tmp_path, capsys):
     assert code == 0
     assert "screen" in out
     assert "\x1b" not in out
+
+
+def test_every_argument_of_every_command_is_explained():
+    (commands,) = (a.choices for a in cli.build_parser()._actions if isinstance(a.choices, dict))
+    silent = [
+        f"{name} {action.dest}"
+        for name, parser in commands.items()
+        for action in parser._actions
+        if not action.help
+    ]
+    assert silent == []
 
 
 # ------------------------------------------------------------------------------------------------- commands
@@ -179,6 +223,17 @@ def test_the_output_depends_on_the_seed_and_not_on_where_the_weights_are(tiny, c
     first = sha256("--location", "disk", "--budget", "0")
     assert sha256("--location", "CPU", "--budget", "90%") == first
     assert sha256("--seed", "1") != first
+
+
+def test_a_budget_that_is_too_small_is_raised_and_said(tiny, capsys):
+    command = ("run", tiny, "--headless", "--steps", "1", "--size", "64", "--budget", "1MB")
+    said = "tiny: 1 MB of device memory are too few; "
+    _, out, _ = qswap(capsys, *command)
+    assert out.splitlines()[-1].startswith(f"note: {said}")
+    _, out, _ = qswap(capsys, *command, "--json")
+    newest = json.loads(out)["messages"][-1]
+    assert newest["level"] == "info"
+    assert newest["text"].startswith(said)
 
 
 def test_demo_prints_the_summary_and_where_every_layer_is(tiny_demo, capsys):
@@ -237,6 +292,15 @@ def test_plan_answers_with_residents_ring_and_step_time(tmp_path, capsys):
     assert answer["step_s"] == pytest.approx(8.0)
     assert answer["bound_s"] == 4.0
     assert "bound 4.0000 s" in qswap(capsys, "plan", "--profile", path, "--budget", "1000000")[1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_plan_reads_a_profile_that_powershell_has_written(encoding, tmp_path, capsys):
+    path = profile(tmp_path / "profile.json")
+    path.write_text(path.read_text("utf-8"), encoding)
+    code, out, err = qswap(capsys, "plan", "--profile", path, "--budget", "100%")
+    assert (code, err) == (0, "")
+    assert "4 of 4 layers" in out
 
 
 def test_plan_refuses_a_budget_that_no_plan_keeps_and_says_which_is_the_least(tmp_path, capsys):
@@ -471,7 +535,10 @@ def test_a_python_without_torch_is_told_where_there_is_one():
     command = [sys.executable, "-c", WITHOUT_TORCH]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"qswap: {sys.executable} has no torch: take the Python of the web UI")
+    assert done.stderr == (
+        f"qswap: {sys.executable} has no torch: take the Python that the web UI runs on "
+        "(`venv` in its folder, or `system\\python` beside it)\n"
+    )
 
 
 GGML = "void dequantize_row_q4_K(const void *x, float *y, long long k) { while (k--) *y++ = 1; }"

@@ -243,6 +243,18 @@ def test_a_scalar_has_no_dimensions(write):
     assert scalar.dequantize().item() == 2.5
 
 
+@pytest.mark.parametrize("type", ["F32", "Q8_0"])
+@pytest.mark.parametrize("behind", [True, False])
+def test_an_empty_tensor_is_a_mark_that_stays(write, type, behind):
+    """SDXL checkpoints of v-prediction have one named v_pred; a converter may not pad behind the last."""
+    tensors = [Tensor("weight", (32,), "F32", bytes(128)), Tensor("v_pred", (0,), type, b"")]
+    file = open_gguf(write(gguf_bytes(tensors if behind else tensors[::-1])))
+    mark = file["v_pred"]
+    assert tuple(mark.shape) == (0,)
+    assert mark.dequantize().numel() == torch.nn.Parameter(mark.dequantize()).numel() == 0
+    assert file["weight"].shape == (32,)
+
+
 def test_another_alignment_is_honoured(write):
     path = write(
         gguf_bytes([Tensor("a", (3,), "I8", b"abc"), Tensor("b")], {"general.alignment": 256}, alignment=256)

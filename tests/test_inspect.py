@@ -8,7 +8,7 @@ import pytest
 from gguf_writer import Tensor, gguf_bytes
 
 from lib_qswap import cli
-from lib_qswap.quant.gguf_file import GGUFError
+from lib_qswap.quant.gguf_file import GGUFError, open_gguf
 from lib_qswap.quant.inspect import format_report, inspect_file
 from lib_qswap.quant.model_kind import UNKNOWN, describe
 
@@ -137,6 +137,33 @@ def test_a_damaged_safetensors_file_is_refused_in_one_line(tmp_path, capsys, con
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (gguf_bytes([Tensor("a")]), "this is a GGUF file: rename it to .gguf"),
+        (b"\n<!DOCTYPE html><html>", "this is a web page, not the file: download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "this is a Git LFS pointer: run `git lfs pull`"),
+    ],
+    ids=["gguf", "page", "pointer"],
+)
+def test_what_is_no_safetensors_file_is_called_what_it_is(tmp_path, content, says):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(GGUFError) as caught:
+        inspect_file(path)
+    assert str(caught.value) == f"{path}: {says}"
+
+
+def test_a_safetensors_file_is_not_to_be_renamed_to_what_it_is_called(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(GOOD)
+    with pytest.raises(GGUFError, match="a safetensors file, where a GGUF file is needed"):
+        open_gguf(path)
+    path = path.rename(tmp_path / "model.gguf")
+    with pytest.raises(GGUFError, match=r"rename it to \.safetensors"):
+        inspect_file(path)
 
 
 def test_a_safetensors_file_with_an_unprintable_name_is_listed(tmp_path, capsys):

@@ -91,7 +91,8 @@ def _prefixes(tensors: Mapping[str, PackedTensor]) -> dict[str, str]:
         return dict.fromkeys(_VAES, "")  # A VAE by itself.
     if f"{_UNET}double_blocks.0.img_attn.qkv.weight" in tensors:  # Flux
         return {"first_stage_model.": "vae."}
-    context = next((tensor.shape[-1] for name, tensor in tensors.items() if _CONTEXT.match(name)), 0)
+    # By name: each tensor that is asked for is read.
+    context = next((tensors[name].shape[-1] for name in tensors if _CONTEXT.match(name)), 0)
     return {
         "vae.": "first_stage_model.",
         **_GIVEN_ENCODERS.get(context, {}),

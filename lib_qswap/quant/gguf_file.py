@@ -108,7 +108,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 
 
 def _is_copied(info: TensorInfo) -> bool:
-    return info.format.dtype is not None and info.nbytes < COPIED_BELOW_BYTES
+    return not info.nbytes or (info.format.dtype is not None and info.nbytes < COPIED_BELOW_BYTES)
 
 
 def _copied(source: FileSlice) -> Tensor:
@@ -123,7 +123,7 @@ def _located(parts: Sequence[Part]) -> tuple[TensorInfo, ...]:
     found: dict[str, TensorInfo] = {}
     for index, (file, header) in enumerate(parts):
         tensors = [_locate(file, header, raw, metadata, index) for raw in header.tensors]
-        by_place = sorted(tensors, key=lambda info: info.offset)
+        by_place = sorted((info for info in tensors if info.nbytes), key=lambda info: info.offset)
         for before, after in itertools.pairwise(by_place):
             if before.offset + before.nbytes > after.offset:
                 raise GGUFError(
@@ -176,7 +176,7 @@ def _locate(
     offset = header.data_start + raw.offset
     if raw.offset % header.alignment:
         raise error("offset", f"{raw.offset} is not a multiple of the alignment, {header.alignment}")
-    if offset + nbytes > file.size:
+    if nbytes and offset + nbytes > file.size:
         raise error(
             "offset",
             f"{format.name} of shape {raw.dimensions[::-1]} ends at byte {offset + nbytes},"

@@ -23,6 +23,11 @@ MAX_NAME_BYTES = 1024
 MAX_KEY_BYTES = MAX_NAME_BYTES + 64  # some keys are a prefix and the name of a tensor
 MAX_DIMENSIONS = 8
 
+KIND_BYTES = 64
+"""How much of the beginning of a file `other_kind` looks at."""
+_SPACE = b"\xef\xbb\xbf \t\r\n"  # a byte order mark, too
+_MOST_SAFETENSORS_HEADER_BYTES = 100_000_000
+
 
 class RawTensor(NamedTuple):
     """A tensor as the header describes it: fastest dimension first, offset from the start of the data."""
@@ -47,7 +52,12 @@ def read_header(file: MappedFile) -> Header:
     start = Reader(file)
     magic = start.take(4, "magic")
     if magic != MAGIC:
-        raise start.error(f"not a GGUF file (it begins with {magic!r}, not {MAGIC!r})")
+        beginning = magic + start.take(min(KIND_BYTES, file.size) - 4, "magic")
+        raise start.error(
+            other_kind(beginning)
+            or _safetensors(beginning, file.path)
+            or f"not a GGUF file (it begins with {magic!r}, not {MAGIC!r})"
+        )
     version, byte_order = start.number("I", "version"), "<"
     if version > 0xFFFF:
         version, byte_order = _swapped(version), ">"
@@ -73,6 +83,26 @@ def read_header(file: MappedFile) -> Header:
     data_start = -(-reader.position // alignment) * alignment
     values = {key: value for key, (_, value) in metadata.items()}
     return Header(version, byte_order, values, tuple(tensors.values()), alignment, data_start)
+
+
+def other_kind(beginning: bytes) -> str | None:
+    """What comes under the name of a model file and is none, and what to do; None: not known by its
+    beginning."""
+    if beginning.lstrip(_SPACE).lower().startswith((b"<!doctype html", b"<html")):
+        return "this is a web page, not the file: download it again"
+    if beginning.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer: run `git lfs pull`"
+    return None
+
+
+def _safetensors(beginning: bytes, path: str) -> str | None:
+    """Of a safetensors file: a length of its header (u64) and a JSON object."""
+    length = int.from_bytes(beginning[:8], "little")
+    if length > _MOST_SAFETENSORS_HEADER_BYTES or beginning[8:9] != b"{":
+        return None
+    if path.lower().endswith(".safetensors"):
+        return "this is a safetensors file, where a GGUF file is needed"
+    return "this is a safetensors file: rename it to .safetensors (`qswap run` takes GGUF only)"
 
 
 def _swapped(number: int) -> int:
@@ -114,7 +144,7 @@ def _tensors(reader: Reader, count: int) -> Iterator[tuple[str, RawTensor]]:
                 f"tensor {name} (dimension count): {dimension_count}, at most {MAX_DIMENSIONS} make sense"
             )
         dimensions = reader.numbers("Q", dimension_count, f"tensor {name} (dimensions)")
-        if 0 in dimensions:
+        if 0 in dimensions and dimensions != (0,):  # That is a mark: SDXL's "v_pred" is an empty tensor.
             raise reader.error(f"tensor {name} (dimensions): one of {dimensions} is 0")
         ggml_id = reader.number("I", f"tensor {name} (type)")
         offset = reader.number("Q", f"tensor {name} (offset)")

@@ -11,6 +11,7 @@ import json
 import math
 from typing import Any, NamedTuple
 
+from .gguf_header import KIND_BYTES, MAGIC, other_kind
 from .mapped_file import GGUFError, MappedFile
 
 _LENGTH_BYTES = 8
@@ -40,7 +41,12 @@ def read_header(file: MappedFile) -> tuple[dict[str, str], list[StoredTensor]]:
     def damaged(why: str) -> GGUFError:
         return GGUFError(f"{file.path}: {why}: no safetensors file, or damaged; download it again")
 
-    start = _read(file, 0, min(_LENGTH_BYTES, file.size))
+    beginning = _read(file, 0, min(KIND_BYTES, file.size))
+    if beginning.startswith(MAGIC):
+        raise GGUFError(f"{file.path}: this is a GGUF file: rename it to .gguf")
+    if other := other_kind(beginning):
+        raise GGUFError(f"{file.path}: {other}")
+    start = beginning[:_LENGTH_BYTES]
     nbytes = int.from_bytes(start, "little")
     data_start = _LENGTH_BYTES + nbytes
     if len(start) < _LENGTH_BYTES or nbytes > _MOST_HEADER_BYTES or data_start > file.size:

@@ -72,5 +72,7 @@ def report(path: Path, summary: Summary, snapshot: dict[str, Any]) -> str:
         residency_table(snapshot),
         "",
         *summary_lines(snapshot),
+        # The lines above have the warnings.
+        *(f"note: {printable(note['text'])}" for note in snapshot["messages"] if note["level"] == "info"),
     ]
     return "\n".join(lines)

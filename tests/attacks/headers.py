@@ -24,9 +24,34 @@ def magic_in_the_wrong_order() -> bytes:
     return gguf_bytes([Tensor("a")], magic=b"FUGG", byte_order=">")
 
 
-@attack("not a GGUF file")
+@attack("this is a web page, not the file: download it again")
 def a_page_of_html_that_was_saved_instead() -> bytes:
     return b"<!DOCTYPE html><html><body>Sign in to download this model</body></html>"
+
+
+@attack("this is a web page, not the file: download it again")
+def a_page_of_html_after_a_byte_order_mark() -> bytes:
+    return b"\xef\xbb\xbf\r\n<html>"
+
+
+@attack("this is a Git LFS pointer: run `git lfs pull`")
+def a_pointer_of_git_lfs() -> bytes:
+    return b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 6796816384\n"
+
+
+@attack("this is a safetensors file: rename it to .safetensors (`qswap run` takes GGUF only)")
+def a_safetensors_file() -> bytes:
+    return struct.pack("<Q", 2) + b"{}"
+
+
+@attack("not a GGUF file (it begins with b'\\x01\\x00\\x00\\x00'")
+def what_could_be_a_safetensors_file_but_for_its_length() -> bytes:
+    return struct.pack("<Q", 1 << 40 | 1) + b"{" + bytes(64)
+
+
+@attack("not a GGUF file (it begins with b'<htm'")
+def four_bytes_of_a_page() -> bytes:
+    return b"<htm"
 
 
 @attack("not a GGUF file (it begins with b'\\x00\\x00\\x00\\x00'")
