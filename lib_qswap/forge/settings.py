@@ -73,8 +73,8 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "qswap_gpu_budget_mb": _megabytes(
         "GPU memory for weights (MB)",
-        "0 = the free GPU memory less what the image needs, measured before each pass; less leaves "
-        "more to other programs; does not count for the location GPU",
+        "0 = the free GPU memory less what the image needs, measured before each pass; a number is a limit "
+        "for all models together and leaves more to other programs; does not count for the location GPU",
     ),
     "qswap_pin_budget_mb": _megabytes(
         "Page-locked memory (MB)",
@@ -94,7 +94,8 @@ OPTIONS: Mapping[str, Option] = {
     "qswap_compute_dtype": Option(
         "Auto",
         "Precision of the computation",
-        "Auto: what Forge chose for the model, where the GPU has it; a change loads the model again",
+        "Auto: what Forge chose for the model, but fp16 instead of bf16 on NVIDIA GPUs before the RTX 30 "
+        "series; a change loads the model again",
         choices=("Auto", "fp16", "bf16"),
         infotext="QSwap compute dtype",
     ),
