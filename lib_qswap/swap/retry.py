@@ -62,20 +62,21 @@ class RetryingForward:
 
 def _contents(value: Any) -> Iterator[tuple[Any, Any]]:
     """The dicts and lists in `value`, at any depth, each with a copy of it. A forward may take out of them
-    what it has used: a ControlNet's residuals, block by block."""
+    what it has used: a ControlNet's residuals, block by block. Subclasses, which may refuse either, are left
+    alone."""
     waiting, seen = [value], set[int]()
     while waiting:
         value = waiting.pop()
-        if not isinstance(value, dict | list | tuple) or id(value) in seen:
+        if type(value) not in (dict, list, tuple) or id(value) in seen:
             continue
         seen.add(id(value))
-        if not isinstance(value, tuple):
+        if type(value) is not tuple:
             yield value, value.copy()
-        waiting.extend(value.values() if isinstance(value, dict) else value)
+        waiting.extend(value.values() if type(value) is dict else value)
 
 
 def _restore(container: Any, content: Any) -> None:
-    if isinstance(container, dict):
+    if type(container) is dict:
         container.clear()
         container.update(content)
     else:
