@@ -460,6 +460,23 @@ def test_a_limit_holds_for_all_models_together(small_gpu):
     assert sum(one.device_bytes() for one in set(attachments)) <= 40 * MB
 
 
+def test_a_text_encoder_takes_what_others_leave_of_a_limit(small_gpu):
+    """It runs once a prompt: what they gave up for it would travel twice."""
+    small_gpu.shared.opts.data["qswap_gpu_budget_mb"] = 80
+    managed, memory = small_gpu.qswap("managed"), small_gpu.memory_management
+    patcher, encoder = patcher_of(small_gpu), patcher_of(small_gpu)
+    encoder.model.clip = encoder.model._modules.pop("diffusion_model")
+    memory.load_models_gpu([patcher])
+    attachment = managed.attachment_of(patcher.model)
+    memory.load_models_gpu([encoder])
+    own = managed.attachment_of(encoder.model)
+    assert attachment.resident_bytes > 0.9 * attachment.payload_bytes
+    assert own.active
+    assert attachment.device_bytes() + own.device_bytes() + own.state.shared_bytes <= 80 * MB
+    memory.load_models_gpu([patcher])
+    assert attachment.resident_bytes == attachment.payload_bytes
+
+
 def test_an_error_that_forge_makes_as_well_is_not_taken_for_qswaps(forge_that_loads, monkeypatch):
     forge, managed = forge_that_loads, forge_that_loads.qswap("managed")
     patcher = patcher_of(forge)

@@ -253,6 +253,7 @@ def test_an_empty_tensor_is_a_mark_that_stays(write, type, behind):
     assert tuple(mark.shape) == (0,)
     assert mark.dequantize().numel() == torch.nn.Parameter(mark.dequantize()).numel() == 0
     assert file["weight"].shape == (32,)
+    assert not any("belong to no tensor" in problem for problem in inspect_file(file.path)["problems"])
 
 
 def test_another_alignment_is_honoured(write):

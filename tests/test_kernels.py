@@ -98,7 +98,7 @@ def test_a_kernel_is_checked_on_the_cpu_whatever_the_default_device_is(told, ser
     kernel = served(FakeKernel(format=format))
     blocks = torch.from_numpy(ggml_blocks.random_blocks(format, 8, "ordinary"))
     expected = unpack_with_torch(format, blocks, torch.empty(8, format.block_elements), torch.float32)
-    for cache in (unpack_codebook._pair_table, unpack_bnb._pair_table, unpack_legacy._bits_to_top):
+    for cache in (unpack_codebook._pair_table, unpack_bnb._pair_table, unpack_legacy.bits_to_top):
         cache.cache_clear()  # Tables are made once.
     out = torch.empty(8, format.block_elements)
     torch.set_default_device("meta")

@@ -190,6 +190,16 @@ def test_what_another_thread_changes_waits_for_the_end_of_the_step(sim, compute_
         assert torch.equal(call(model), right)
 
 
+@pytest.mark.simgpu
+@pytest.mark.usefixtures("engine")
+def test_a_model_that_is_given_back_leaves_no_step_behind(sim):
+    model = Chain()
+    with attached(model, device=GPU, location="shared", compute_dtype=torch.float32) as attachment:
+        attachment.begin_step(model)
+        assert attachment.state.turn.is_mine
+    assert not attachment.state.turn.is_mine
+
+
 def fail(*_args):
     raise RuntimeError("stopped by the test")
 

@@ -332,7 +332,7 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
             _leave_to_host(patcher, None, keep, reason, int(max(0, available)))
             return
         attachment = managed.attachment_for(patcher)
-    others = _share_limit(attachment, keep)
+    others = _share_limit(patcher.model, attachment, keep)
     own = _own_bytes(attachment)
     available = _free_bytes(device) - inference_bytes
     budget = _limited(available + own, others)
@@ -350,7 +350,8 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
             had = attachment.asked_bytes
             more = attachment.payload_bytes * REGROW_SHARE
             less = MARGIN_BYTES // 2
-            if had is None or not had - less <= budget <= had + more or spare < attachment.spare_bytes:
+            in_force = max(budget, attachment.floor_bytes)
+            if had is None or not had - less <= in_force <= had + more or spare < attachment.spare_bytes:
                 attachment.rebalance(budget, spare_bytes=spare)
             else:
                 _wake(attachment, budget)
@@ -408,15 +409,20 @@ def _leave_to_host(patcher: Any, loaded: Any, keep: list[Any], reason: str, budg
     ledger.note_unmanaged(name, f"left to Forge: {reason}")
 
 
-def _share_limit(attachment: Attachment, keep: Sequence[Any]) -> int:
+def _share_limit(model: torch.nn.Module, attachment: Attachment, keep: Sequence[Any]) -> int:
     """Lets other models give up residents that would be more than the user allows, together with this one's;
-    returns the device bytes that they have then. `keep`: LoadedModels that stay as they are."""
+    returns the device bytes that they have then. `keep`: LoadedModels that stay as they are.
+
+    A text encoder, which runs once a prompt, takes only what others leave, or the least it runs with: what
+    they gave up for it would travel twice.
+    """
     from backend import memory_management as mm
 
     limit = _limited(sys.maxsize)
     if limit == sys.maxsize:
         return 0
-    wanted = min(limit, attachment.whole_bytes)
+    is_sampled = getattr(model, "diffusion_model", None) is not None
+    wanted = min(limit, attachment.whole_bytes if is_sampled else attachment.floor_bytes)
     loaded = {managed.attachment_of(one.model.model): one for one in reversed(mm.current_loaded_models)}
     others = [one for one in loaded if one not in (None, attachment) and one.device is attachment.device]
     for other in others:

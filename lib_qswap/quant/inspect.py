@@ -134,7 +134,8 @@ def _unused_bytes(file: GGUFFile) -> int:
     """Bytes between and after the tensors, but for the padding that each is entitled to."""
     unused = 0
     for index, (part, alignment) in enumerate(zip(file.files, file.alignments, strict=True)):
-        by_place = sorted((info for info in file.tensors if info.part == index), key=lambda info: info.offset)
+        inside = (info for info in file.tensors if info.part == index and info.nbytes)
+        by_place = sorted(inside, key=lambda info: info.offset)
         starts = [info.offset for info in by_place[1:]] + [part.size]
         for info, start in zip(by_place, starts, strict=False):
             end = -(-(info.offset + info.nbytes) // alignment) * alignment

@@ -115,9 +115,10 @@ def _with_torch(
         blocks = packed.view(-1, format.block_bytes)
         values = out.view(-1, format.block_elements)
         if exact and out.device.type == "cpu" and packed.data_ptr() % 8 == 0:
-            of_all_threads = _CPU_CHUNK_ELEMENTS * torch.get_num_threads()
+            of_all_threads, chunk_elements = _CPU_CHUNK_ELEMENTS * torch.get_num_threads(), 0
             for kind in _cpu_kinds(format, out.dtype):
-                chunk_elements = min(of_all_threads // kind.chunk_divisor, _MOST_CPU_CHUNK_ELEMENTS_OF_KINDS)
+                own = min(of_all_threads // kind.chunk_divisor, _MOST_CPU_CHUNK_ELEMENTS_OF_KINDS)
+                chunk_elements = max(own, chunk_elements)  # Less is not worth another kind's buffers.
                 done = unpack_cpu.unpack_whole_chunks(kind, blocks, values, chunk_elements)
                 blocks, values = blocks[done:], values[done:]
         _in_chunks(format, function, blocks, values, rounding)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .words import BLOCK_GRANULE
 
 # The scales of so many chunks are unpacked at once: they are few numbers for as many calls. torch leaves an
-# operation on 32,768 numbers or fewer to one thread; a chunk has 2,048 super-blocks for each.
+# operation on 32,768 numbers or fewer to one thread; a chunk has 2,048 super-blocks or fewer for each.
 _CHUNKS_OF_SCALES, _CHUNKS_OF_SCALES_OF_THREADS = 4, 16
 
 

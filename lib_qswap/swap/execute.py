@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from lib_qswap.swap.device_state import DeviceState
     from lib_qswap.swap.layer import Layer
     from lib_qswap.swap.lease import AnyLease
-
-_IN_STEP = contextlib.nullcontext()
 
 LINEAR_MODULE = "torch.nn.modules.linear"
 """Where torch's own forward of linear layers comes from, unless somebody has put another in its place."""
@@ -206,16 +203,22 @@ class Forward:
         module = self._layer.module()
         if module is None:
             raise ReferenceError(f"{self._layer.name}: its module is gone")
+        if self._turn.is_mine:
+            return self._compute(module, args, kwargs)
         # Called by itself, or by a method that is not its model's forward, it takes its turn alone.
-        with _IN_STEP if self._turn.is_mine else self._turn.held():
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            lease = self._streamer.acquire(self._layer)
-            try:
-                if self._is_linear and inputs.is_floating_point():
-                    return self._linear(lease, inputs)
-                return self._original_on(lease, module, inputs, args, kwargs)
-            finally:
-                lease.release()
+        with self._turn.held():
+            self._streamer.follow()
+            return self._compute(module, args, kwargs)
+
+    def _compute(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        lease = self._streamer.acquire(self._layer)
+        try:
+            if self._is_linear and inputs.is_floating_point():
+                return self._linear(lease, inputs)
+            return self._original_on(lease, module, inputs, args, kwargs)
+        finally:
+            lease.release()
 
     def _linear(self, lease: AnyLease, x: torch.Tensor) -> torch.Tensor:
         """Without the detour over the module's parameters, which costs more than some layers compute."""

@@ -463,8 +463,7 @@ class Attachment:
     def rest(self) -> None:
         """This model does not run for a while: what its layers pass through is given back, residents stay."""
         with self.state.turn.held():
-            for key in self._root_keys:
-                self.state.turn.end_step(key)  # One that was begun and never ended.
+            self._end_steps()
             self.adaptation.profile.close()
             self.idle.kept.abandon()
             self.kept.clear()
@@ -472,6 +471,11 @@ class Attachment:
                 with self.state.changing():
                     self.state.active.discard(self)
                     self.state.fit()
+
+    def _end_steps(self) -> None:
+        """Those that were begun and never ended."""
+        for key in self._root_keys:
+            self.state.turn.end_step(key)
 
     def wake(self) -> None:
         """It runs again.
@@ -526,6 +530,7 @@ class Attachment:
     def release(self) -> None:
         """The last of it: the model is gone, or is given back to its host."""
         ledger.unregister(self)
+        self._end_steps()
         self.unload()
         self.idle.forget()
         self.state.copier.finish()  # Whoever has the masters now may free them.

@@ -64,6 +64,7 @@ class Profile:
         self._device = device
         self._begun: dict[Work, int] = {}
         self._again: set[Work] = set()
+        self._lost: dict[Work, int] = {}
         self._needs: dict[Work, Need] = {}
         self._in_use: dict[Hashable, Work] = {}
         self._open: tuple[Work, int, int] | None = None
@@ -76,8 +77,10 @@ class Profile:
         return self._begun.get(work, 0) == MEASURED_STEPS
 
     def measure_again(self, work: Work) -> None:
-        """The times of its measured steps are lost: another one is measured."""
-        self._again.add(work)
+        """The times of its measured steps are lost: another one is measured, a few times at most."""
+        self._lost[work] = self._lost.get(work, 0) + 1
+        if self._lost[work] <= MEASURED_STEPS:
+            self._again.add(work)
 
     def begin(self, work: Work, layers: Sequence[Layer]) -> None:
         """A forward begins that is to be measured."""
@@ -86,6 +89,7 @@ class Profile:
             oldest = next(iter(self._begun))
             del self._begun[oldest]
             self._needs.pop(oldest, None)
+            self._lost.pop(oldest, None)
             self._again.discard(oldest)
             for layer in layers:
                 layer.times.by_work.pop(oldest, None)
@@ -116,6 +120,7 @@ class Profile:
         for work in [work for work in self._begun if work.root == root]:
             del self._begun[work]
             self._needs.pop(work, None)
+            self._lost.pop(work, None)
             self._again.discard(work)
         self._in_use.pop(root, None)
 

@@ -130,6 +130,11 @@ class Streamer:
         self._retired.clear()
         self.timeline.forget()
 
+    def follow(self) -> None:
+        """For a layer that is used outside of any step: it runs after what has computed here before."""
+        with self._lock:
+            self._follow()
+
     def _follow(self) -> None:
         """What the calling thread issues from now on runs after what has computed here before: scratch and
         residents know no streams."""
