@@ -412,10 +412,9 @@ def test_a_layer_of_one_token_gives_the_same_bits_resident_and_swapped(arithmeti
 
 def test_a_backward_pass_reads_the_weights_of_its_forward():
     """A kernel tells autograd nothing of what it writes over."""
-    weights = [ggml_blocks.random_blocks("Q8_0", 256 * 256 // 32, seed) for seed in range(3)]
-    packed = [
-        PackedTensor(torch.from_numpy(one).view(256, -1), FORMATS["Q8_0"], (256, 256)) for one in weights
-    ]
+    q8_0 = FORMATS["Q8_0"]
+    blocks = [ggml_blocks.random_blocks(q8_0, 256 * 256 // 32, "ordinary", seed) for seed in range(3)]
+    packed = [PackedTensor(torch.from_numpy(one).view(256, -1), q8_0, (256, 256)) for one in blocks]
     model = torch.nn.Sequential(*(torch.nn.Linear(256, 256, bias=False, device="meta") for _ in packed))
     for layer, weight in zip(model, packed, strict=True):
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
