@@ -10,14 +10,10 @@ import torch
 from torch import Tensor
 
 from .unpack_cpu import ChunkUnpacker, HalfChunkUnpacker, means
-from .words import as_words, every_byte
+from .words import as_words, byte_masks, every_byte
 
 # A tensor, so that no call has to make one of it; so are all the masks and shifts below.
 _LANES = torch.tensor(0x00FF00FF00FF00FF)
-
-
-def _every_byte(*bytes_: int) -> Tensor:
-    return torch.tensor([every_byte(byte) for byte in bytes_])
 
 
 def _repeated_half(blocks: Tensor, offset: int, count: int) -> Tensor:
@@ -161,7 +157,7 @@ class Q4_K(_Groups32):
 
     def __init__(self, blocks: int) -> None:
         super().__init__(blocks)
-        self.masks = _every_byte(0x0F, 0xF0)[:, None, None]
+        self.masks = byte_masks(0x0F, 0xF0)[:, None, None]
 
     def read(self, blocks: Tensor) -> Tensor:
         torch.bitwise_and(blocks.view(torch.int64)[:, 2:], self.masks, out=self.words)
@@ -181,7 +177,7 @@ class Q5_K(_Groups32):
         # Plane j has its fifth bits at bit j: to the top of the byte.
         shifts = torch.tensor([7, 5, 3, 1]).repeat_interleave(4)
         self.shifts = (shifts, shifts - 1)
-        self.four, self.top = _every_byte(0x78, 0x80).unbind(0)
+        self.four, self.top = byte_masks(0x78, 0x80).unbind(0)
 
     def read(self, blocks: Tensor) -> Tensor:
         words = blocks.view(torch.int64)
@@ -228,7 +224,7 @@ class _Groups16(ChunkUnpacker):
     width, planes = 32, 4
 
 
-_NIBBLES = _every_byte(0x0F)
+_NIBBLES = byte_masks(0x0F)
 _PAIRS_TO_BOTTOM = torch.tensor([0, 16, 32, 48])[:, None]
 
 
@@ -258,7 +254,7 @@ class Q6_K(_Groups16):
         shifts = torch.tensor([6, 4]).repeat_interleave(4).repeat(2)
         self.shifts = (shifts, shifts - 4)
         self.two_bits = torch.tensor(2)
-        self.flip, self.four, self.two = _every_byte(0xAA, 0x3C, 0xC0).unbind(0)
+        self.flip, self.four, self.two = byte_masks(0xAA, 0x3C, 0xC0).unbind(0)
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
         # Of the low nibbles four, of the high ones four.
@@ -288,7 +284,7 @@ class Q2_K(_Groups16):
         super().__init__((4, 8 * blocks))
         self.pairs = torch.empty((blocks, 16), dtype=torch.int32)
         self.pair_words = as_words(self.pairs)
-        self.masks = _every_byte(0x03, 0x0C, 0x30, 0xC0)[:, None]
+        self.masks = byte_masks(0x03, 0x0C, 0x30, 0xC0)[:, None]
         self.units = torch.tensor([1, 1 / 4, 1 / 16, 1 / 64], dtype=torch.float32)[:, None]
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
@@ -319,7 +315,7 @@ class Q3_K(_Groups16):
         self.tops = torch.empty_like(self.words)
         self.pair_shifts = torch.tensor([5, 3, 1])[:, None]
         self.shifts = torch.tensor([7, 6, 5, 4])[:, None]
-        self.two, self.top = _every_byte(0x60, 0x80).unbind(0)
+        self.two, self.top = byte_masks(0x60, 0x80).unbind(0)
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
         n = blocks.shape[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .unpack_cpu import ChunkUnpacker
 from .unpack_legacy import bits_to_top
-from .words import as_words, every_byte
+from .words import as_words, byte_masks
 
 
 class _Blocks32(ChunkUnpacker):
@@ -51,7 +51,7 @@ class Q4_0(_Blocks32):
 
     def __init__(self, blocks: int) -> None:
         super().__init__(blocks)
-        self.flip, self.top = torch.tensor([every_byte(0x88), every_byte(0xF0)]).unbind(0)
+        self.flip, self.top = byte_masks(0x88, 0xF0).unbind(0)
         self.four = torch.tensor(4)
 
     def read(self, blocks: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Q4_1(_Blocks32):
 
     def __init__(self, blocks: int) -> None:
         super().__init__(blocks)
-        self.masks = torch.tensor([every_byte(0x0F), every_byte(0xF0)])[:, None]
+        self.masks = byte_masks(0x0F, 0xF0)[:, None]
 
     def read(self, blocks: Tensor) -> Tensor:
         torch.bitwise_and(as_words(blocks), self.masks, out=self.words)
@@ -90,7 +90,7 @@ class _FiveBits(_Blocks32):
         self.indices_of_block = self.indices.transpose(0, 1)
         self.fifth = torch.empty(self.words.numel(), dtype=torch.int64)
         self.table = bits_to_top(torch.device("cpu"))
-        self.four, self.top = torch.tensor([every_byte(0x78), every_byte(0x80)]).unbind(0)
+        self.four, self.top = byte_masks(0x78, 0x80).unbind(0)
         self.one, self.three = torch.tensor([1, 3]).unbind(0)
 
     def read(self, blocks: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .unpack_cpu import ChunkUnpacker, HalfChunkUnpacker, means
-from .words import as_words, every_byte
+from .words import as_words, byte_masks
 
 
 class TQ1_0(ChunkUnpacker):
@@ -34,8 +34,7 @@ class TQ1_0(ChunkUnpacker):
         self.low, self._8 = torch.tensor([0x00FF00FF00FF00FF, 8]).unbind(0)
         self.short_lanes = self.lanes.view(torch.int16)  # CPUs multiply these in one instruction.
         self.three = torch.tensor(3, dtype=torch.int16)
-        masks = torch.tensor([every_byte(byte) for byte in (0x7F, 0x80)])
-        self.up, self.top = masks.unbind(0)
+        self.up, self.top = byte_masks(0x7F, 0x80).unbind(0)
 
     def _columns(self, digit: int) -> list[tuple[Tensor, Tensor]]:
         """Where the digits of `even_wholes` belong: 16 bytes of every block at a time, or 4."""
@@ -98,8 +97,7 @@ class TQ2_0(ChunkUnpacker):
         self.pairs = torch.empty((blocks, 32), dtype=torch.int16)
         self.pair_words = as_words(self.pairs)
         self.shifts = torch.tensor([0, 2, 4, 6])[:, None]
-        masks = torch.tensor([every_byte(byte) for byte in (0x03, 0x7F, 0x80)])
-        self.two, self.up, self.top = masks.unbind(0)
+        self.two, self.up, self.top = byte_masks(0x03, 0x7F, 0x80).unbind(0)
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
         of_halves = blocks.view(torch.float16)[:, 32].float().repeat_interleave(2)

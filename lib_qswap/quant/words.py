@@ -20,6 +20,11 @@ def every_byte(byte: int) -> int:
     return int.from_bytes(bytes([byte]) * 8, "little", signed=True)
 
 
+def byte_masks(*bytes_: int) -> Tensor:
+    """int64, on the CPU: `every_byte` of each. Kept, no call has to make a tensor of a number."""
+    return torch.tensor([every_byte(byte) for byte in bytes_])
+
+
 def as_words(data: Tensor) -> Tensor:
     """The bytes of a contiguous tensor, flat, as int64 words (a view; the bytes fill whole words)."""
     return data.view(-1).view(torch.int64)
