@@ -583,22 +583,26 @@ def test_a_slot_that_was_taken_when_ctrl_c_came_is_given_back(sim, monkeypatch):
         assert streamer.overflows == before
 
 
-def test_steps_whose_times_were_lost_are_measured_again(sim, compute_mode):
+def test_steps_whose_times_were_lost_are_measured_again(sim):
     """An encoder, after whose only forward another model has its turn at once."""
+    sim.set_async_compute(True)
+    sim.set_compute(op_seconds=0.01)
     model = Steps()
-    with swapped(model) as attachment:
-        for _ in range(4):
+    x = X.to(GPU)
+    with swapped(model) as attachment, torch.inference_mode():
+        for _ in range(2):
             attachment.wake()
             attachment.run.begin(1)
-            with torch.inference_mode():
-                model(X.to(GPU))
+            model(x)
             attachment.rest()
-        torch.simgpu.synchronize()
+            torch.simgpu.synchronize()
+        assert all(layer.times.measured is None for layer in attachment.layers)
         attachment.wake()
-        for _ in range(2):
-            call(model)
-        call(model)
+        for _ in range(4):
+            model(x)
+            torch.simgpu.synchronize()
         assert all(layer.times.measured is not None for layer in attachment.layers)
+    sim.set_async_compute(False)
 
 
 def test_a_copy_that_fails_is_an_error_of_its_layer_and_the_next_step_works(sim):
