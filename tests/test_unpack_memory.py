@@ -69,15 +69,17 @@ def test_temporaries_do_not_grow_with_the_tensor(name, monkeypatch):
         monkeypatch.setattr(unpack_cpu, "_kept", threading.local())
         return peak_bytes(partial(unpack, format, packed, out))
 
-    assert 0 < used(16 << 20) <= used(8 << 20) * 1.01
+    # Whole chunks: what is left of them is unpacked in another way, with less memory.
+    assert 0 < used(32 * unpacking._CPU_CHUNK_ELEMENTS) <= used(16 * unpacking._CPU_CHUNK_ELEMENTS) * 1.01
 
 
 def test_the_next_tensor_of_a_type_takes_the_same_buffers(monkeypatch):
     format = FORMATS["Q5_K"]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(unpack_cpu, "_kept", threading.local())
-    packed = torch.zeros(format.packed_bytes(4 << 20), dtype=torch.uint8)
-    out = torch.empty(4 << 20, dtype=torch.bfloat16)
+    elements = 8 * unpacking._CPU_CHUNK_ELEMENTS
+    packed = torch.zeros(format.packed_bytes(elements), dtype=torch.uint8)
+    out = torch.empty(elements, dtype=torch.bfloat16)
     first, second = (peak_bytes(partial(unpack, format, packed, out)) for _ in range(2))
     assert second < first / 4
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import kernels, unpack_cpu, unpack_cpu_k, unpack_cpu_legacy, unpack_cpu_ternary
 from .formats import Format, UnpackFunction, UnpackLikeForgeFunction
-from .words import BLOCK_GRANULE
+from .words import BLOCK_GRANULE, aligned
 
 Arithmetic = Literal["exact", "like Forge"]
 
@@ -46,8 +46,10 @@ _CPU_KINDS_TO_HALF: dict[str, unpack_cpu.Kind] = {
     "TQ1_0": unpack_cpu_ternary.TQ1_0ToHalf,
 }
 
-# For each thread. Smaller chunks spend their time on calls, larger ones on memory outside the caches.
-_CPU_CHUNK_ELEMENTS = 1 << 19
+# For each thread. Smaller chunks spend their time on calls, larger ones on memory outside the caches. torch
+# leaves 32,768 numbers or fewer to one thread: with a little more than a power of two, two threads share the
+# words of each of a chunk's planes, four at the most.
+_CPU_CHUNK_ELEMENTS = 5 << 17
 # No type takes more than 14 bytes of temporaries for an element on a CPU; `unpack_cpu`, which unpacks the
 # scales of several chunks at once, less than 27; 8 on an accelerator. There every chunk is some thirty
 # launches, and it pays to have few: these take less, into fp32 2 bytes more.
@@ -115,10 +117,9 @@ def _with_torch(
         blocks = packed.view(-1, format.block_bytes)
         values = out.view(-1, format.block_elements)
         if exact and out.device.type == "cpu" and packed.data_ptr() % 8 == 0:
-            of_all_threads, chunk_elements = _CPU_CHUNK_ELEMENTS * torch.get_num_threads(), 0
+            chunk_elements = _CPU_CHUNK_ELEMENTS * torch.get_num_threads()
+            chunk_elements = min(chunk_elements, _MOST_CPU_CHUNK_ELEMENTS_OF_KINDS)
             for kind in _cpu_kinds(format, out.dtype):
-                own = min(of_all_threads // kind.chunk_divisor, _MOST_CPU_CHUNK_ELEMENTS_OF_KINDS)
-                chunk_elements = max(own, chunk_elements)  # Less is not worth another kind's buffers.
                 done = unpack_cpu.unpack_whole_chunks(kind, blocks, values, chunk_elements)
                 blocks, values = blocks[done:], values[done:]
         _in_chunks(format, function, blocks, values, rounding)
@@ -205,7 +206,7 @@ def _in_chunks(
     whole = count - count % BLOCK_GRANULE
     for start in range(0, whole, chunk):
         stop = min(start + chunk, whole)
-        unpack_chunk(_aligned(blocks[start:stop]), values[start:stop])
+        unpack_chunk(aligned(blocks[start:stop], 8), values[start:stop])
     if whole < count:
         padded = blocks.new_zeros((BLOCK_GRANULE, blocks.shape[1]))
         padded[: count - whole] = blocks[whole:]
@@ -218,8 +219,3 @@ def _accelerator_chunk_elements(format: Format, dtype: torch.dtype) -> int:
     each = _FEWER_BYTES_PER_ELEMENT.get(format.name)
     each = _BYTES_PER_ELEMENT if each is None else each + dtype.itemsize - 2
     return int(_TEMPORARY_BYTES / each)
-
-
-def _aligned(blocks: Tensor) -> Tensor:
-    """The blocks, copied unless they can be read as 8-byte words where they are."""
-    return blocks if (blocks.storage_offset() | blocks.data_ptr()) % 8 == 0 else blocks.clone()

@@ -2,8 +2,9 @@
 
 A chunk's buffers stay in the caches, and its few operations run over long rows. A chunk is first split into
 planes, the runs of numbers that the same bits of consecutive bytes hold, one plane after the other:
-`ChunkUnpacker.read`. Then all planes are scaled where they are, and the last operation on each rounds it to
-where it belongs.
+`ChunkUnpacker.read`. Then each plane is widened, scaled in place and rounded to where it belongs, in a buffer
+that is the next one's too. torch gives every thread its own part of an operation's elements: with a plane at
+a time a thread's part is the same in each operation, and in the cache next to its core.
 What an operation of torch costs beyond its memory traffic is the call and each of its views, and each row of
 a broadcast: so views are made once where they can be, and never have a third dimension.
 """
@@ -11,6 +12,7 @@ a broadcast: so views are made once where they can be, and never have a third di
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -28,26 +30,32 @@ class ChunkUnpacker:
     """Unpacks chunks of a fixed number of blocks of one type.
 
     planes: planes that lie beside each other in the result. width: elements of a plane that lie together
-    there, a row of it. numbers: fp32, (planes, rows, width) in one dimension: the bytes of `words`, whether
-    signed or not, which then become values.
+    there, a row of it. skipped: bytes before each row's that are none of its elements. parts: that a chunk is
+    scaled in, one after the other, once it is read.
     """
 
     width: int
     planes: int
+    parts: int
+    skipped = 0
     signed = False
-    chunk_divisor = 2
-    """So many times smaller are the chunks than those of what computes without `numbers`."""
 
     def __init__(self, words: tuple[int, ...]) -> None:
         """words: shape of the buffer for the numbers as bytes, plane by plane, eight in an int64."""
         self.words = torch.empty(words, dtype=torch.int64)
-        self.bytes = self.words.view(-1).view(torch.int8 if self.signed else torch.uint8)
+        self.planes_of_words = self.words.view(self.planes, -1).unbind(0)
+        of_bytes = self.words.view(-1).view(torch.int8 if self.signed else torch.uint8)
+        self.parts_of_bytes = of_bytes.view(self.planes, self.parts, -1).unbind(1)
         self.make_buffers()
 
     def make_buffers(self) -> None:
         """What `unpack` needs besides."""
-        self.numbers = torch.empty(self.bytes.numel(), dtype=torch.float32)
-        self.planes_of_numbers = self.numbers.view(self.planes, -1, self.width).unbind(0)
+        self.use_numbers(self.parts_of_bytes[0].shape[1])
+
+    def use_numbers(self, count: int) -> None:
+        """The buffer for a part of a plane in fp32, with what is skipped."""
+        self.numbers = torch.empty(count, dtype=torch.float32)
+        self.rows = self.numbers.view(-1, self.skipped + self.width)[:, self.skipped :]
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...] | None:
         """For any number of chunks, fp32 (planes, groups, 1): what the groups of numbers of each plane are
@@ -57,28 +65,29 @@ class ChunkUnpacker:
         """
         raise NotImplementedError
 
-    def read(self, blocks: Tensor) -> Tensor:
-        """A chunk's numbers, a byte each, plane by plane: mostly `bytes`."""
+    def read(self, blocks: Tensor) -> Sequence[Tensor]:
+        """A chunk's numbers, a byte each, whether signed or not: mostly `parts_of_bytes`, (planes, n)."""
         raise NotImplementedError
 
-    def unpack(self, blocks: Tensor, values: Tensor, *scales: Tensor) -> None:
-        """A chunk into its values, of any dtype."""
-        self.numbers.copy_(self.read(blocks))
-        # In place: a second buffer as large would drive this one out of the cache next to the core.
-        for operation, scale in zip((Tensor.mul_, Tensor.add_), scales, strict=False):
-            operation(self.numbers.view(scale.shape[0], scale.shape[1], -1), scale)
+    def unpack(self, of_bytes: Tensor, values: Tensor, *scales: Tensor) -> None:
+        """A part into its values, of any dtype."""
         planes = values.view(-1, self.planes, self.width).unbind(1)
-        for numbers, plane in zip(self.planes_of_numbers, planes, strict=True):
-            plane.copy_(numbers)
+        of_planes = zip(*(scale.unbind(0) for scale in scales), strict=True)
+        for of_plane, plane, scales_of_plane in zip(of_bytes.unbind(0), planes, of_planes, strict=True):
+            self.numbers.copy_(of_plane)
+            # In place: a second buffer as large would drive this one out of the cache next to the core.
+            for operation, scale in zip((Tensor.mul_, Tensor.add_), scales_of_plane, strict=False):
+                operation(self.numbers.view(scale.shape[0], -1), scale)
+            plane.copy_(self.rows)
 
 
 class Kind(Protocol):
     """A subclass of `ChunkUnpacker`."""
 
-    chunk_divisor: int
+    parts: int
 
     def __call__(self, blocks: int) -> ChunkUnpacker:
-        """blocks: of a chunk, a multiple of BLOCK_GRANULE."""
+        """blocks: of a chunk, a multiple of BLOCK_GRANULE for each part."""
 
 
 class HalfChunkUnpacker(ChunkUnpacker):
@@ -87,23 +96,23 @@ class HalfChunkUnpacker(ChunkUnpacker):
     Bytes widened to 16 bits are, read as fp16, subnormal numbers: q * 2**-24.
     """
 
-    chunk_divisor = 1
+    parts = 1
     UNIT = 2.0**24
     """What scales have to be multiplied by."""
 
     def make_buffers(self) -> None:
-        widened = torch.empty(self.bytes.numel(), dtype=torch.int16)
-        self.planes_of_bytes = self.bytes.view(self.planes, -1, self.width).unbind(0)
+        (of_bytes,) = self.parts_of_bytes
+        widened = torch.empty(of_bytes.numel(), dtype=torch.int16)
+        self.rows_of_bytes = of_bytes.view(self.planes, -1, self.width).unbind(0)
         self.planes_of_widened = widened.view(-1, self.planes, self.width).unbind(1)
         self.subnormals = widened.view(torch.float16).view(1, -1, self.width)
         self.variance = torch.ones(self.subnormals.shape[1], dtype=torch.float32)
 
-    def unpack(self, blocks: Tensor, values: Tensor, *scales: Tensor) -> None:
+    def unpack(self, of_bytes: Tensor, values: Tensor, *scales: Tensor) -> None:
         """values: fp16. scales: of the rows as they lie in the result, times UNIT; minima; `means` of the
         scales; each (1, rows)."""
-        self.read(blocks)
-        for of_bytes, widened in zip(self.planes_of_bytes, self.planes_of_widened, strict=True):
-            widened.copy_(of_bytes)
+        for of_plane, widened in zip(self.rows_of_bytes, self.planes_of_widened, strict=True):
+            widened.copy_(of_plane)
         scale, minimum, mean = (of_rows[0] for of_rows in scales)
         out = values.view(self.subnormals.shape)
         scaled_rows(self.subnormals, scale, minimum, mean, self.variance, out)
@@ -171,12 +180,12 @@ def unpack_whole_chunks(kind: Kind, blocks: Tensor, values: Tensor, chunk_elemen
     blocks: uint8 (n, block_bytes), contiguous, 8-byte aligned. values: fp32, fp16 or bf16 (n,
     block_elements), contiguous.
     """
-    elements = values.shape[1]
-    chunk = chunk_elements // elements // BLOCK_GRANULE * BLOCK_GRANULE
+    elements, granule = values.shape[1], BLOCK_GRANULE * kind.parts
+    chunk = chunk_elements // elements // granule * granule
     chunks = blocks.shape[0] // chunk if chunk else 0
     if not chunks:
         return 0
-    unpacker = _unpacker_of(kind, chunk)
+    unpacker, part = _unpacker_of(kind, chunk), chunk // kind.parts
     at_once = _CHUNKS_OF_SCALES if torch.get_num_threads() == 1 else _CHUNKS_OF_SCALES_OF_THREADS
     for first in range(0, chunks, at_once):
         count = min(at_once, chunks - first)
@@ -184,9 +193,10 @@ def unpack_whole_chunks(kind: Kind, blocks: Tensor, values: Tensor, chunk_elemen
         scales = unpacker.scales(blocks[several])
         if scales is None:
             return first * chunk
-        of_chunks = [scale.split(scale.shape[1] // count, 1) for scale in scales]
-        for packed, out, *of_chunk in zip(
-            blocks[several].split(chunk), values[several].split(chunk), *of_chunks, strict=True
-        ):
-            unpacker.unpack(packed, out, *of_chunk)
+        of_parts = [scale.split(scale.shape[1] // (count * kind.parts), 1) for scale in scales]
+        parts = zip(values[several].split(part), *of_parts, strict=True)
+        for packed in blocks[several].split(chunk):
+            # Takes a part only where there are bytes for it.
+            for of_bytes, (out, *of_part) in zip(unpacker.read(packed), parts, strict=False):
+                unpacker.unpack(of_bytes, out, *of_part)
     return chunks * chunk

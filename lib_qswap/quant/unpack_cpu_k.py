@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .unpack_cpu import ChunkUnpacker, HalfChunkUnpacker, means
-from .words import as_words, byte_masks, every_byte
+from .words import aligned, as_words, byte_masks, every_byte
 
 # A tensor, so that no call has to make one of it; so are all the masks and shifts below.
 _LANES = torch.tensor(0x00FF00FF00FF00FF)
@@ -139,7 +139,7 @@ class _SixBitScalesInOrder(_SixBitNumbers):
 class _Groups32(ChunkUnpacker):
     """Every 32 bytes hold two groups, of the low and of the high nibbles."""
 
-    width, planes = 32, 2
+    width, planes, parts = 32, 2, 2
     units: tuple[float, ...]
 
     def __init__(self, blocks: int) -> None:
@@ -157,11 +157,13 @@ class Q4_K(_Groups32):
 
     def __init__(self, blocks: int) -> None:
         super().__init__(blocks)
-        self.masks = byte_masks(0x0F, 0xF0)[:, None, None]
+        self.masks = byte_masks(0x0F, 0xF0).unbind(0)
 
-    def read(self, blocks: Tensor) -> Tensor:
-        torch.bitwise_and(blocks.view(torch.int64)[:, 2:], self.masks, out=self.words)
-        return self.bytes
+    def read(self, blocks: Tensor) -> Sequence[Tensor]:
+        nibbles = blocks.view(torch.int64)[:, 2:]
+        for mask, plane in zip(self.masks, self.words.unbind(0), strict=True):
+            torch.bitwise_and(nibbles, mask, out=plane)
+        return self.parts_of_bytes
 
 
 class Q5_K(_Groups32):
@@ -170,27 +172,27 @@ class Q5_K(_Groups32):
     def __init__(self, blocks: int) -> None:
         super().__init__(blocks)
         self.low, self.high = self.words.unbind(0)
-        self.fifth = torch.empty((blocks, 4, 4), dtype=torch.int64)
-        self.fifth_of_pairs = self.fifth.unbind(1)
-        self.fifth_rows = self.fifth.view(blocks, 16)
-        self.tops = torch.empty_like(self.words)
+        self.fifth = torch.empty((blocks, 16), dtype=torch.int64)
+        self.fifth_halves = self.fifth.view(torch.complex128).unbind(1)
+        self.tops = torch.empty_like(self.fifth)
         # Plane j has its fifth bits at bit j: to the top of the byte.
         shifts = torch.tensor([7, 5, 3, 1]).repeat_interleave(4)
         self.shifts = (shifts, shifts - 1)
         self.four, self.top = byte_masks(0x78, 0x80).unbind(0)
+        self.one, self.three = torch.tensor([1, 3]).unbind(0)
 
-    def read(self, blocks: Tensor) -> Tensor:
-        words = blocks.view(torch.int64)
-        nibbles, fifth = words[:, 6:], words[:, 2:6]
-        for of_pair in self.fifth_of_pairs:
-            of_pair.copy_(fifth)
-        torch.bitwise_left_shift(nibbles, 3, out=self.low)
-        torch.bitwise_right_shift(nibbles, 1, out=self.high)
-        self.words.bitwise_and_(self.four)
-        for shift, tops in zip(self.shifts, self.tops.unbind(0), strict=True):
-            torch.bitwise_left_shift(self.fifth_rows, shift, out=tops)
-        self.words.bitwise_or_(self.tops.bitwise_and_(self.top))
-        return self.bytes
+    def read(self, blocks: Tensor) -> Sequence[Tensor]:
+        nibbles = blocks.view(torch.int64)[:, 6:]
+        # 16 bytes at a time: of shorter ones there would be more, and rows of 32 take longer.
+        fifth = aligned(blocks, 16).view(torch.complex128)[:, 1:3].unbind(1)
+        for number, half in enumerate(self.fifth_halves):
+            half.copy_(fifth[number % 2])
+        torch.bitwise_left_shift(nibbles, self.three, out=self.low)
+        torch.bitwise_right_shift(nibbles, self.one, out=self.high)
+        for shift, plane in zip(self.shifts, self.words.unbind(0), strict=True):
+            torch.bitwise_left_shift(self.fifth, shift, out=self.tops).bitwise_and_(self.top)
+            plane.bitwise_and_(self.four).bitwise_or_(self.tops)
+        return self.parts_of_bytes
 
 
 class _HalfGroups32(HalfChunkUnpacker, _Groups32):
@@ -221,7 +223,7 @@ class Q5_KToHalf(_HalfGroups32, Q5_K):
 class _Groups16(ChunkUnpacker):
     """A half super-block is four planes of two groups, which lie together in the result."""
 
-    width, planes = 32, 4
+    width, planes, parts = 32, 4, 1
 
 
 _NIBBLES = byte_masks(0x0F)
@@ -237,7 +239,7 @@ class Q6_K(_Groups16):
     """Here two planes of four groups: the low nibbles of a half's 64 bytes are its first four, one after the
     other."""
 
-    width, planes = 64, 2
+    width, planes, parts = 64, 2, 2
     signed = True
 
     def __init__(self, blocks: int) -> None:
@@ -250,7 +252,7 @@ class Q6_K(_Groups16):
         self.pairs_of_half = as_words(self.pair_fields).view(2 * blocks, 4)
         self.pairs = torch.empty((blocks, 16), dtype=torch.int64)
         self.pairs_of_columns = self.pairs.view(2 * blocks, 2, 4).unbind(1)
-        self.tops = torch.empty_like(self.words)
+        self.tops = torch.empty_like(self.pairs)
         shifts = torch.tensor([6, 4]).repeat_interleave(4).repeat(2)
         self.shifts = (shifts, shifts - 4)
         self.two_bits = torch.tensor(2)
@@ -259,10 +261,10 @@ class Q6_K(_Groups16):
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
         # Of the low nibbles four, of the high ones four.
         small = blocks.view(torch.int16)[:, 96:104].contiguous().view(torch.int32)
-        signed = small.view(-1, 2).t().contiguous().view(torch.int8).float()
+        signed = torch.stack(small.view(-1, 2).unbind(1)).view(torch.int8).float()
         return (signed.mul_(_repeated_half(blocks, 208, 8).mul_(1 / 4))[:, :, None],)
 
-    def read(self, blocks: Tensor) -> Tensor:
+    def read(self, blocks: Tensor) -> Sequence[Tensor]:
         nibbles, pairs, _ = blocks.view(torch.int16).split((64, 32, 9), 1)
         self.nibble_fields.copy_(nibbles)
         self.pair_fields.copy_(pairs)
@@ -272,11 +274,10 @@ class Q6_K(_Groups16):
             of_column.copy_(self.pairs_of_half)
         torch.bitwise_left_shift(self.nibbles, self.two_bits, out=self.low)
         torch.bitwise_right_shift(self.nibbles, self.two_bits, out=self.high)
-        self.words.bitwise_and_(self.four)
-        for shift, tops in zip(self.shifts, self.tops.unbind(0), strict=True):
-            torch.bitwise_left_shift(self.pairs, shift, out=tops)
-        self.words.bitwise_or_(self.tops.bitwise_and_(self.two))
-        return self.bytes
+        for shift, plane in zip(self.shifts, self.words.unbind(0), strict=True):
+            torch.bitwise_left_shift(self.pairs, shift, out=self.tops).bitwise_and_(self.two)
+            plane.bitwise_and_(self.four).bitwise_or_(self.tops)
+        return self.parts_of_bytes
 
 
 class Q2_K(_Groups16):
@@ -284,7 +285,7 @@ class Q2_K(_Groups16):
         super().__init__((4, 8 * blocks))
         self.pairs = torch.empty((blocks, 16), dtype=torch.int32)
         self.pair_words = as_words(self.pairs)
-        self.masks = byte_masks(0x03, 0x0C, 0x30, 0xC0)[:, None]
+        self.masks = byte_masks(0x03, 0x0C, 0x30, 0xC0).unbind(0)
         self.units = torch.tensor([1, 1 / 4, 1 / 16, 1 / 64], dtype=torch.float32)[:, None]
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
@@ -293,10 +294,11 @@ class Q2_K(_Groups16):
         minima = _pairs((small >> _4).bitwise_and_(_NIBBLES)).mul_(_repeated_half(blocks, 82, 4).neg_())
         return scales[:, :, None], minima[:, :, None]
 
-    def read(self, blocks: Tensor) -> Tensor:
+    def read(self, blocks: Tensor) -> Sequence[Tensor]:
         self.pairs.copy_(blocks.view(torch.int32)[:, 4:20])
-        torch.bitwise_and(self.pair_words, self.masks, out=self.words)
-        return self.bytes
+        for mask, plane in zip(self.masks, self.planes_of_words, strict=True):
+            torch.bitwise_and(self.pair_words, mask, out=plane)
+        return self.parts_of_bytes
 
 
 class Q3_K(_Groups16):
@@ -304,7 +306,6 @@ class Q3_K(_Groups16):
 
     def __init__(self, blocks: int) -> None:
         super().__init__((4, 8 * blocks))
-        self.left, self.right = self.words[:3], self.words[3]
         self.pairs = torch.empty((blocks, 64), dtype=torch.uint8)
         self.pair_words = as_words(self.pairs)
         self.third = torch.empty((blocks, 32), dtype=torch.uint8)
@@ -312,9 +313,9 @@ class Q3_K(_Groups16):
         third_of_halves = torch.empty((blocks, 2, 4), dtype=torch.int64)
         self.third_of_half = third_of_halves.unbind(1)
         self.third_rows = third_of_halves.view(-1)
-        self.tops = torch.empty_like(self.words)
-        self.pair_shifts = torch.tensor([5, 3, 1])[:, None]
-        self.shifts = torch.tensor([7, 6, 5, 4])[:, None]
+        self.tops = torch.empty_like(self.third_rows)
+        self.pair_shifts = torch.tensor([5, 3, 1, 1]).unbind(0)
+        self.shifts = torch.tensor([7, 6, 5, 4]).unbind(0)
         self.two, self.top = byte_masks(0x60, 0x80).unbind(0)
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
@@ -330,16 +331,16 @@ class Q3_K(_Groups16):
         six = _pairs(small.view(-1)).sub_(32)
         return (six.mul_(_repeated_half(blocks, 108, 4).mul_(1 / 32))[:, :, None],)
 
-    def read(self, blocks: Tensor) -> Tensor:
+    def read(self, blocks: Tensor) -> Sequence[Tensor]:
         third, pairs = blocks[:, :96].split((32, 64), 1)
         self.pairs.copy_(pairs)
         # Flipped, as the top bit of a byte read as signed, it takes 4 off where it was clear.
         self.third.copy_(third)
         torch.bitwise_not(self.third_words, out=self.third_of_half[0])
         torch.bitwise_right_shift(self.third_of_half[0], 4, out=self.third_of_half[1])
-        torch.bitwise_left_shift(self.pair_words, self.pair_shifts, out=self.left)
-        torch.bitwise_right_shift(self.pair_words, 1, out=self.right)
-        self.words.bitwise_and_(self.two)
-        torch.bitwise_left_shift(self.third_rows, self.shifts, out=self.tops)
-        self.words.bitwise_or_(self.tops.bitwise_and_(self.top))
-        return self.bytes
+        for number, plane in enumerate(self.planes_of_words):
+            shift_pairs = torch.bitwise_left_shift if number < 3 else torch.bitwise_right_shift
+            shift_pairs(self.pair_words, self.pair_shifts[number], out=plane).bitwise_and_(self.two)
+            torch.bitwise_left_shift(self.third_rows, self.shifts[number], out=self.tops)
+            plane.bitwise_or_(self.tops.bitwise_and_(self.top))
+        return self.parts_of_bytes

@@ -25,6 +25,11 @@ def byte_masks(*bytes_: int) -> Tensor:
     return torch.tensor([every_byte(byte) for byte in bytes_])
 
 
+def aligned(data: Tensor, size: int) -> Tensor:
+    """The tensor, copied unless elements of so many bytes can be read where it lies."""
+    return data.clone() if (data.storage_offset() | data.data_ptr()) % size else data
+
+
 def as_words(data: Tensor) -> Tensor:
     """The bytes of a contiguous tensor, flat, as int64 words (a view; the bytes fill whole words)."""
     return data.view(-1).view(torch.int64)
