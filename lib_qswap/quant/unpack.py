@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import kernels, unpack_cpu, unpack_cpu_k, unpack_cpu_legacy, unpack_cpu_ternary
+from . import kernels, unpack_cpu, unpack_cpu_codebook, unpack_cpu_k, unpack_cpu_legacy, unpack_cpu_ternary
 from .formats import Format, UnpackFunction, UnpackLikeForgeFunction
 from .words import BLOCK_GRANULE, aligned
 
@@ -38,6 +38,12 @@ _CPU_KINDS: dict[str, unpack_cpu.Kind] = {
         unpack_cpu_k.Q6_K,
         unpack_cpu_ternary.TQ1_0,
         unpack_cpu_ternary.TQ2_0,
+        unpack_cpu_codebook.IQ4_NL,
+        unpack_cpu_codebook.IQ4_XS,
+        unpack_cpu_codebook.MXFP4,
+        unpack_cpu_codebook.NVFP4,
+        unpack_cpu_codebook.BNB_NF4,
+        unpack_cpu_codebook.BNB_FP4,
     )
 }
 _CPU_KINDS_TO_HALF: dict[str, unpack_cpu.Kind] = {

@@ -43,12 +43,17 @@ def unpack_iq4_nl(blocks: Tensor, out: Tensor) -> None:
         torch.mul(values, scale, out=out[:, 16 * half : 16 * half + 16])
 
 
+def iq4_xs_scales(blocks: Tensor) -> Tensor:
+    """fp32 (8 * n, 1)."""
+    head = blocks.view(torch.int32)[:, :2]
+    scales = bit_fields(head[:, 1:], 4, 4, 8).add_(bit_fields(head[:, :1] >> 16, 2, 2, 8), alpha=16)
+    return scales.float().sub_(32).mul_(half_scale(blocks, 0)).view(-1, 1)
+
+
 def unpack_iq4_xs(blocks: Tensor, out: Tensor) -> None:
     """fp16 d, 2 bytes of scale tops, 4 of scale nibbles, 8 x 16 of nibbles; d * (sc - 32) * value."""
     n = blocks.shape[0]
-    head = blocks.view(torch.int32)[:, :2]
-    scales = bit_fields(head[:, 1:], 4, 4, 8).add_(bit_fields(head[:, :1] >> 16, 2, 2, 8), alpha=16)
-    scale = scales.float().sub_(32).mul_(half_scale(blocks, 0)).view(8 * n, 1)
+    scale = iq4_xs_scales(blocks)
     words = blocks.view(torch.int64)[:, 1:]
     halves = out.view(8 * n, 32)
     for half in range(2):
@@ -64,10 +69,15 @@ def _e8m0_halved(device: torch.device) -> Tensor:
     return bits.to(torch.int32).view(torch.float32).to(device)
 
 
+def mxfp4_scales(blocks: Tensor) -> Tensor:
+    """fp32 (n, 1), for doubled values."""
+    return _e8m0_halved(blocks.device).index_select(0, blocks[:, 0].int()).view(-1, 1)
+
+
 def unpack_mxfp4(blocks: Tensor, out: Tensor) -> None:
     """An exponent byte, 16 bytes of nibbles as in Q4_0; 2 ** (e - 127) * value."""
     n = blocks.shape[0]
-    scale = _e8m0_halved(blocks.device).index_select(0, blocks[:, 0].int()).view(n, 1)
+    scale = mxfp4_scales(blocks)
     words = as_words(blocks[:, 1:].contiguous())
     for half in range(2):
         values = _look_up(words, E2M1_DOUBLED, 4 * half).view(n, 16)
@@ -83,10 +93,15 @@ def _ue4m3_halved(device: torch.device) -> Tensor:
     return torch.where(byte == 0x7F, 0.0, value * 0.5).to(device)
 
 
+def nvfp4_scales(blocks: Tensor) -> Tensor:
+    """fp32 (4 * n, 1), for doubled values."""
+    return _ue4m3_halved(blocks.device).index_select(0, blocks[:, :4].int().view(-1)).view(-1, 1)
+
+
 def unpack_nvfp4(blocks: Tensor, out: Tensor) -> None:
     """4 scale bytes, 4 x 8 bytes: element i in the low nibble of byte i, 8 + i in the high one."""
     n = blocks.shape[0]
-    scale = _ue4m3_halved(blocks.device).index_select(0, blocks[:, :4].int().view(-1)).view(4 * n, 1)
+    scale = nvfp4_scales(blocks)
     words = as_words(blocks.view(torch.int32)[:, 1:].contiguous())
     groups = out.view(4 * n, 16)
     for half in range(2):

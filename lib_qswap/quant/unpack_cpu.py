@@ -74,11 +74,15 @@ class ChunkUnpacker:
         planes = values.view(-1, self.planes, self.width).unbind(1)
         of_planes = zip(*(scale.unbind(0) for scale in scales), strict=True)
         for of_plane, plane, scales_of_plane in zip(of_bytes.unbind(0), planes, of_planes, strict=True):
-            self.numbers.copy_(of_plane)
+            self.widen(of_plane)
             # In place: a second buffer as large would drive this one out of the cache next to the core.
             for operation, scale in zip((Tensor.mul_, Tensor.add_), scales_of_plane, strict=False):
                 operation(self.numbers.view(scale.shape[0], -1), scale)
             plane.copy_(self.rows)
+
+    def widen(self, of_plane: Tensor) -> None:
+        """What `read` returns for a part of a plane, into `numbers`."""
+        self.numbers.copy_(of_plane)
 
 
 class Kind(Protocol):

@@ -14,50 +14,51 @@ from .unpack_legacy import bits_to_top
 from .words import as_words, byte_masks
 
 
-def _column(blocks: Tensor, number: int) -> Tensor:
+def column(blocks: Tensor, number: int) -> Tensor:
     """One of every block's leading fp16 numbers, fp32 (n,): copied first, to be converted in one run."""
     return blocks.view(torch.int16)[:, number].contiguous().view(torch.float16).float()
 
 
-class _Blocks32(ChunkUnpacker):
-    """Blocks of 32 elements that end in 16 bytes, whose low nibbles are the first half, their high ones the
-    other.
+class NibbleUnpacker(ChunkUnpacker):
+    """Blocks that end in groups of bytes, whose low nibbles are a half of the group, their high ones the other.
 
-    unit: what the scales are multiplied by.
+    unit: what the scales are multiplied by. nibble_bytes: of a block. field: of the dtype that the bytes are
+    copied as, the widest that fits. piece: as large as a group.
     """
 
     width, planes, parts = 32, 1, 4
     unit = 1.0
     has_minimum = False
+    nibble_bytes, field, piece = 16, torch.int16, torch.complex128
 
     def __init__(self, blocks: int) -> None:
-        super().__init__((4 * blocks,))
-        self.nibbles = torch.empty((blocks, 8), dtype=torch.int16)
-        self.nibble_words = as_words(self.nibbles)
-        self.halves = torch.empty((2, 2 * blocks), dtype=torch.int64).unbind(0)
+        nibbles = torch.empty(blocks * self.nibble_bytes, dtype=torch.uint8)
+        self.nibble_words = as_words(nibbles)
+        self.nibbles = nibbles.view(self.field).view(blocks, -1)
+        super().__init__((2 * self.nibble_words.numel(),))
+        self.halves = torch.empty((2, self.nibble_words.numel()), dtype=torch.int64).unbind(0)
         self.low, self.high = self.halves
-        # Copies of 16 bytes at a time: of shorter ones there would be more.
-        self.places = self.words.view(torch.complex128).view(-1, 2).unbind(1)
-        self.pieces = [half.view(torch.complex128) for half in self.halves]
+        # Copies of a group at a time: of smaller pieces there would be more.
+        self.places = self.words.view(self.piece).view(-1, 2).unbind(1)
+        self.pieces = [half.view(self.piece) for half in self.halves]
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
-        scale = _column(blocks, 0).mul_(self.unit)[None, :, None]
-        return (scale, _column(blocks, 1)[None, :, None]) if self.has_minimum else (scale,)
+        scale = column(blocks, 0).mul_(self.unit)[None, :, None]
+        return (scale, column(blocks, 1)[None, :, None]) if self.has_minimum else (scale,)
 
     def read(self, blocks: Tensor) -> Sequence[Tensor]:
-        fields = blocks.view(torch.int16)
-        self.nibbles.copy_(fields[:, -8:])
-        self.read_halves(fields)
+        self.nibbles.copy_(blocks.view(self.field)[:, -self.nibbles.shape[1] :])
+        self.read_halves(blocks)
         for place, pieces in zip(self.places, self.pieces, strict=True):
             place.copy_(pieces)
         return self.parts_of_bytes
 
-    def read_halves(self, fields: Tensor) -> None:
-        """`nibble_words` into `low` and `high`, a number in each byte. fields: int16, of the blocks."""
+    def read_halves(self, blocks: Tensor) -> None:
+        """`nibble_words` into `low` and `high`, a number in each byte."""
         raise NotImplementedError
 
 
-class Q4_0(_Blocks32):
+class Q4_0(NibbleUnpacker):
     signed = True
     unit = 1 / 16
 
@@ -66,7 +67,7 @@ class Q4_0(_Blocks32):
         self.flip, self.top = byte_masks(0x88, 0xF0).unbind(0)
         self.four = torch.tensor(4)
 
-    def read_halves(self, fields: Tensor) -> None:
+    def read_halves(self, blocks: Tensor) -> None:
         # With its top bit flipped, a high nibble read as signed is (q - 8) * 16.
         torch.bitwise_xor(self.nibble_words, self.flip, out=self.high)
         torch.bitwise_left_shift(self.high, self.four, out=self.low)
@@ -74,7 +75,7 @@ class Q4_0(_Blocks32):
             half.bitwise_and_(self.top)
 
 
-class Q4_1(_Blocks32):
+class Q4_1(NibbleUnpacker):
     has_minimum = True
 
     def __init__(self, blocks: int) -> None:
@@ -82,12 +83,12 @@ class Q4_1(_Blocks32):
         self.mask = byte_masks(0x0F)[0]
         self.four = torch.tensor(4)
 
-    def read_halves(self, fields: Tensor) -> None:
+    def read_halves(self, blocks: Tensor) -> None:
         torch.bitwise_and(self.nibble_words, self.mask, out=self.low)
         torch.bitwise_right_shift(self.nibble_words, self.four, out=self.high).bitwise_and_(self.mask)
 
 
-class _FiveBits(_Blocks32):
+class _FiveBits(NibbleUnpacker):
     """Four bytes of fifth bits lie before the nibbles."""
 
     unit = 1 / 8
@@ -102,11 +103,12 @@ class _FiveBits(_Blocks32):
         self.four, self.top = byte_masks(0x78, 0x80).unbind(0)
         self.one, self.three = torch.tensor([1, 3]).unbind(0)
 
-    def read_halves(self, fields: Tensor) -> None:
+    def read_halves(self, blocks: Tensor) -> None:
         torch.bitwise_left_shift(self.nibble_words, self.three, out=self.low)
         torch.bitwise_right_shift(self.nibble_words, self.one, out=self.high)
-        for half, column in zip(self.halves, (-10, -9), strict=True):
-            self.fifth.copy_(fields[:, column])
+        fields = blocks.view(torch.int16)
+        for half, of_half in zip(self.halves, (-10, -9), strict=True):
+            self.fifth.copy_(fields[:, of_half])
             self.indices.copy_(self.fifth_bytes)
             torch.index_select(self.table, 0, self.indices, out=self.tops)
             half.bitwise_and_(self.four).bitwise_or_(self.tops)
@@ -115,8 +117,8 @@ class _FiveBits(_Blocks32):
 class Q5_0(_FiveBits):
     signed = True
 
-    def read_halves(self, fields: Tensor) -> None:
-        super().read_halves(fields)
+    def read_halves(self, blocks: Tensor) -> None:
+        super().read_halves(blocks)
         # With its top bit flipped, q * 8 read as signed is (q - 16) * 8.
         for half in self.halves:
             half.bitwise_xor_(self.top)
@@ -140,7 +142,7 @@ class Q8_0(ChunkUnpacker):
         self.use_numbers(34 * self.blocks // self.parts)
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
-        return (_column(blocks, 0)[None, :, None],)
+        return (column(blocks, 0)[None, :, None],)
 
     def read(self, blocks: Tensor) -> Sequence[Tensor]:
         return blocks.view(torch.int8).view(self.parts, 1, -1).unbind(0)
