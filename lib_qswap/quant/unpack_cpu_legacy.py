@@ -20,7 +20,7 @@ def column(blocks: Tensor, number: int) -> Tensor:
 
 
 class NibbleUnpacker(ChunkUnpacker):
-    """Blocks that end in groups of bytes: their low nibbles are half of a group, their high ones the other half.
+    """Blocks that end in groups of bytes: low nibbles are the first half of a group, high ones the other.
 
     unit: what the scales are multiplied by. nibble_bytes: of a block. field: of the dtype that the bytes are
     copied as, the widest that fits. piece: as large as a group.
