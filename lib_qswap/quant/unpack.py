@@ -55,7 +55,7 @@ _CPU_KINDS_TO_HALF: dict[str, unpack_cpu.Kind] = {
 # For each thread. Smaller chunks spend their time on calls, larger ones on memory outside the caches. torch
 # leaves 32,768 numbers or fewer to one thread: with a little more than a power of two, two threads share the
 # words of each of a chunk's planes, four at the most.
-_CPU_CHUNK_ELEMENTS = 5 << 17
+_CPU_CHUNK_ELEMENTS = 9 << 16
 # No type takes more than 14 bytes of temporaries for an element on a CPU; `unpack_cpu`, which unpacks the
 # scales of several chunks at once, less than 27; 8 on an accelerator. There every chunk is some thirty
 # launches, and it pays to have few: these take less, into fp32 2 bytes more.

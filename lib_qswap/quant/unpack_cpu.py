@@ -101,6 +101,8 @@ class HalfChunkUnpacker(ChunkUnpacker):
     """
 
     parts = 1
+    rows_of_bytes: Sequence[Tensor] = ()
+    planes_of_widened: Sequence[Tensor] = ()
     UNIT = 2.0**24
     """What scales have to be multiplied by."""
 
@@ -109,6 +111,10 @@ class HalfChunkUnpacker(ChunkUnpacker):
         widened = torch.empty(of_bytes.numel(), dtype=torch.int16)
         self.rows_of_bytes = of_bytes.view(self.planes, -1, self.width).unbind(0)
         self.planes_of_widened = widened.view(-1, self.planes, self.width).unbind(1)
+        self.use_widened(widened)
+
+    def use_widened(self, widened: Tensor) -> None:
+        """int16, of all numbers in order."""
         self.subnormals = widened.view(torch.float16).view(1, -1, self.width)
         self.variance = torch.ones(self.subnormals.shape[1], dtype=torch.float32)
 
@@ -120,6 +126,11 @@ class HalfChunkUnpacker(ChunkUnpacker):
         scale, minimum, mean = (of_rows[0] for of_rows in scales)
         out = values.view(self.subnormals.shape)
         scaled_rows(self.subnormals, scale, minimum, mean, self.variance, out)
+
+
+def column(blocks: Tensor, number: int) -> Tensor:
+    """One of every block's fp16 numbers, fp32 (n,): copied first, to be converted in one run."""
+    return blocks.view(torch.int16)[:, number].contiguous().view(torch.float16).float()
 
 
 _NO_STATISTICS = torch.empty(0, dtype=torch.float32)

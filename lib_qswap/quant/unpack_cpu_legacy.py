@@ -9,14 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .unpack_cpu import ChunkUnpacker
+from .unpack_cpu import ChunkUnpacker, column
 from .unpack_legacy import bits_to_top
 from .words import as_words, byte_masks
-
-
-def column(blocks: Tensor, number: int) -> Tensor:
-    """One of every block's leading fp16 numbers, fp32 (n,): copied first, to be converted in one run."""
-    return blocks.view(torch.int16)[:, number].contiguous().view(torch.float16).float()
 
 
 class NibbleUnpacker(ChunkUnpacker):

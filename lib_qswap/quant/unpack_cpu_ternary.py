@@ -8,69 +8,71 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .unpack_cpu import ChunkUnpacker, HalfChunkUnpacker, means
+from .unpack_cpu import ChunkUnpacker, HalfChunkUnpacker, column, means
 from .words import as_words, byte_masks
 
 
 class TQ1_0(ChunkUnpacker):
-    """Bytes of five digits, in lanes of 16 bits: three times a byte has its first digit in the upper half."""
+    """Bytes of five digits, widened to 16 bits: three times a byte has its first digit in the upper half, and
+    the byte of the others in the lower one. The digits stay there, as 256 times themselves."""
 
     width, planes, parts = 256, 1, 4
-    signed = True
 
     def __init__(self, blocks: int) -> None:
-        super().__init__((blocks, 32))
-        # Of the even bytes and of the odd ones, with the scales, which are no digits, among them: each row
-        # stays with its thread.
-        self.lanes = torch.empty((2, blocks * 54 // 8), dtype=torch.int64).unbind(0)
-        self.even, self.odd = self.lanes
-        self.short_lanes = [lanes.view(torch.int16) for lanes in self.lanes]  # CPUs multiply these in one go.
-        self.digits = torch.empty_like(self.even)
-        self.odd_digits = torch.empty_like(self.odd)
-        self.places = [self._places(digit) for digit in range(5)]
-        self.low, self.digit, self.upper_digit, self._8 = torch.tensor(
-            [0x00FF00FF00FF00FF, 0x0003000300030003, 0x0300030003000300, 8]
-        ).unbind(0)
-        self.three = torch.tensor(3, dtype=torch.int16)
-        self.up, self.top = byte_masks(0x7F, 0x80).unbind(0)
+        self.fractions = torch.empty((blocks, 52), dtype=torch.int16)
+        self.flat_fractions = self.fractions.view(-1)  # CPUs multiply 16 bits in one instruction.
+        self.fraction_words = as_words(self.fractions)
+        self.digits = torch.empty_like(self.fractions)
+        self.digit_words = as_words(self.digits)
+        self.wide = torch.empty((blocks, 256), dtype=torch.int16)
+        self.places_of_digits = [self._places(digit) for digit in range(5)]
+        self.parts_of_wide = self.wide.view(self.parts, 1, -1).unbind(0)
+        self.three, self.one = torch.tensor([3, 256], dtype=torch.int16).unbind(0)
+        self.upper, self.lower = torch.tensor([0x0300030003000300, 0x00FF00FF00FF00FF]).unbind(0)
+        super().__init__((self.parts, 0))
+
+    def make_buffers(self) -> None:
+        self.use_numbers(self.parts_of_wide[0].numel())
 
     def _places(self, digit: int) -> list[tuple[Tensor, Tensor]]:
-        """Where the digits of `digits` belong, in pairs: of 32 bytes, of 16, and, but the last one, of 4."""
-        values, rows = self.words.view(torch.int16), self.digits.view(torch.int16).view(-1, 27)
+        """Where the digits of each block's 32 bytes belong, its 16, and, but of the last digit, its 4."""
         places = []
-        for first, width, value in ((0, 16, 0), (16, 8, 80), (24, 2, 120))[: 3 if digit < 4 else 2]:
+        for first, width, value in ((0, 32, 0), (32, 16, 160), (48, 4, 240))[: 3 if digit < 4 else 2]:
             value += digit * width
-            places.append((values[:, value : value + width], rows[:, first : first + width]))
+            places.append((self.wide[:, value : value + width], self.digits[:, first : first + width]))
+        if digit < 4:  # Each four lie in a word.
+            place, digits = places.pop()
+            places.append((place.view(torch.int64), digits.view(torch.int64)))
         return places
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...] | None:
-        return (blocks.view(torch.float16)[:, 26].float()[None, :, None],)
+        return (column(blocks, 26).mul_(1 / 256)[None, :, None],)
 
     def read(self, blocks: Tensor) -> Sequence[Tensor]:
-        torch.bitwise_and(as_words(blocks), self.low, out=self.even)
-        torch.bitwise_right_shift(as_words(blocks), self._8, out=self.odd).bitwise_and_(self.low)
-        for number, places in enumerate(self.places):
-            for lanes, short_lanes in zip(self.lanes, self.short_lanes, strict=True):
-                if number:
-                    lanes.bitwise_and_(self.low)
-                short_lanes.mul_(self.three)
-            torch.bitwise_right_shift(self.even, self._8, out=self.digits).bitwise_and_(self.digit)
-            torch.bitwise_and(self.odd, self.upper_digit, out=self.odd_digits)
-            self.digits.bitwise_or_(self.odd_digits)
-            if self.signed:  # As in TQ2_0.
-                self.digits.add_(self.up).bitwise_xor_(self.top)
+        self.read_digits(blocks)
+        self.wide.sub_(self.one)
+        return self.parts_of_wide
+
+    def read_digits(self, blocks: Tensor) -> None:
+        self.fractions.copy_(blocks[:, :52])
+        for places in self.places_of_digits:
+            self.flat_fractions.mul_(self.three)
+            torch.bitwise_and(self.fraction_words, self.upper, out=self.digit_words)
+            self.fraction_words.bitwise_and_(self.lower)
             for place, digits in places:
                 place.copy_(digits)
-        return self.parts_of_bytes
 
 
 class TQ1_0ToHalf(HalfChunkUnpacker, TQ1_0):
     """As digit * d - d, which has the right sign where it is zero only if d is more than that."""
 
-    signed = False
+    UNIT = HalfChunkUnpacker.UNIT / 256
+
+    def make_buffers(self) -> None:
+        self.use_widened(self.wide)
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...] | None:
-        d = blocks.view(torch.float16)[:, 26].float()[None]
+        d = column(blocks, 26)[None]
         least, largest = torch.aminmax(d)
         if not (least > 0 and largest < math.inf):
             return None
@@ -78,6 +80,10 @@ class TQ1_0ToHalf(HalfChunkUnpacker, TQ1_0):
         mean = torch.empty_like(scale)
         means(scale, mean)
         return scale, d.neg_(), mean
+
+    def read(self, blocks: Tensor) -> Sequence[Tensor]:
+        self.read_digits(blocks)
+        return self.parts_of_wide
 
 
 class TQ2_0(ChunkUnpacker):
