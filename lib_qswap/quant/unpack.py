@@ -50,6 +50,7 @@ _CPU_KINDS_TO_HALF: dict[str, unpack_cpu.Kind] = {
     "Q4_K": unpack_cpu_k.Q4_KToHalf,
     "Q5_K": unpack_cpu_k.Q5_KToHalf,
     "TQ1_0": unpack_cpu_ternary.TQ1_0ToHalf,
+    "TQ2_0": unpack_cpu_ternary.TQ2_0ToHalf,
 }
 
 # For each thread. Smaller chunks spend their time on calls, larger ones on memory outside the caches. torch

@@ -103,6 +103,8 @@ class HalfChunkUnpacker(ChunkUnpacker):
     parts = 1
     rows_of_bytes: Sequence[Tensor] = ()
     planes_of_widened: Sequence[Tensor] = ()
+    scaled_width: int | None = None
+    """How many elements that lie together have one scale; None: a row of a plane."""
     UNIT = 2.0**24
     """What scales have to be multiplied by."""
 
@@ -115,12 +117,12 @@ class HalfChunkUnpacker(ChunkUnpacker):
 
     def use_widened(self, widened: Tensor) -> None:
         """int16, of all numbers in order."""
-        self.subnormals = widened.view(torch.float16).view(1, -1, self.width)
+        self.subnormals = widened.view(torch.float16).view(1, -1, self.scaled_width or self.width)
         self.variance = torch.ones(self.subnormals.shape[1], dtype=torch.float32)
 
     def unpack(self, of_bytes: Tensor, values: Tensor, *scales: Tensor) -> None:
-        """values: fp16. scales: of the rows as they lie in the result, times UNIT; minima; `means` of the
-        scales; each (1, rows)."""
+        """values: fp16. scales: in the order of the result, times UNIT; minima; `means` of the scales; each
+        (1, groups)."""
         for of_plane, widened in zip(self.rows_of_bytes, self.planes_of_widened, strict=True):
             widened.copy_(of_plane)
         scale, minimum, mean = (of_rows[0] for of_rows in scales)

@@ -25,6 +25,8 @@ class TQ1_0(ChunkUnpacker):
         self.digits = torch.empty_like(self.fractions)
         self.digit_words = as_words(self.digits)
         self.wide = torch.empty((blocks, 256), dtype=torch.int16)
+        self.last = torch.empty((blocks, 4), dtype=torch.int64)
+        self.last_of_wide, self.last_digits = self.wide[:, 240:], self.last.view(torch.int16)
         self.places_of_digits = [self._places(digit) for digit in range(5)]
         self.parts_of_wide = self.wide.view(self.parts, 1, -1).unbind(0)
         self.three, self.one = torch.tensor([3, 256], dtype=torch.int16).unbind(0)
@@ -35,14 +37,14 @@ class TQ1_0(ChunkUnpacker):
         self.use_numbers(self.parts_of_wide[0].numel())
 
     def _places(self, digit: int) -> list[tuple[Tensor, Tensor]]:
-        """Where the digits of each block's 32 bytes belong, its 16, and, but of the last digit, its 4."""
-        places = []
-        for first, width, value in ((0, 32, 0), (32, 16, 160), (48, 4, 240))[: 3 if digit < 4 else 2]:
-            value += digit * width
-            places.append((self.wide[:, value : value + width], self.digits[:, first : first + width]))
-        if digit < 4:  # Each four lie in a word.
-            place, digits = places.pop()
-            places.append((place.view(torch.int64), digits.view(torch.int64)))
+        """Where the digits of each block's 32 bytes belong, its 16, and, but of the last digit, its 4, which
+        `last` collects: 16 of a block are long enough for torch to divide them among threads."""
+        places = [
+            (self.wide[:, value + digit * width :][:, :width], self.digits[:, first:][:, :width])
+            for first, width, value in ((0, 32, 0), (32, 16, 160))
+        ]
+        if digit < 4:
+            places.append((self.last[:, digit], self.digits.view(torch.int64)[:, 12]))
         return places
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...] | None:
@@ -61,18 +63,16 @@ class TQ1_0(ChunkUnpacker):
             self.fraction_words.bitwise_and_(self.lower)
             for place, digits in places:
                 place.copy_(digits)
+        self.last_of_wide.copy_(self.last_digits)
 
 
-class TQ1_0ToHalf(HalfChunkUnpacker, TQ1_0):
+class _ToHalf(HalfChunkUnpacker):
     """As digit * d - d, which has the right sign where it is zero only if d is more than that."""
 
-    UNIT = HalfChunkUnpacker.UNIT / 256
-
-    def make_buffers(self) -> None:
-        self.use_widened(self.wide)
+    scaled_width = 256
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...] | None:
-        d = column(blocks, 26)[None]
+        d = column(blocks, -1)[None]
         least, largest = torch.aminmax(d)
         if not (least > 0 and largest < math.inf):
             return None
@@ -80,6 +80,13 @@ class TQ1_0ToHalf(HalfChunkUnpacker, TQ1_0):
         mean = torch.empty_like(scale)
         means(scale, mean)
         return scale, d.neg_(), mean
+
+
+class TQ1_0ToHalf(_ToHalf, TQ1_0):
+    UNIT = HalfChunkUnpacker.UNIT / 256
+
+    def make_buffers(self) -> None:
+        self.use_widened(self.wide)
 
     def read(self, blocks: Tensor) -> Sequence[Tensor]:
         self.read_digits(blocks)
@@ -99,14 +106,18 @@ class TQ2_0(ChunkUnpacker):
         self.shifts = torch.tensor([0, 2, 4, 6]).unbind(0)
         self.two, self.up, self.top = byte_masks(0x03, 0x7F, 0x80).unbind(0)
 
-    def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
+    def scales(self, blocks: Tensor) -> tuple[Tensor, ...] | None:
         of_halves = blocks.view(torch.float16)[:, 32].float().repeat_interleave(2)
         return (of_halves.expand(4, -1)[:, :, None],)
 
     def read(self, blocks: Tensor) -> Sequence[Tensor]:
         self.pairs.copy_(blocks.view(torch.int16)[:, :32])
         for shift, plane in zip(self.shifts, self.planes_of_words, strict=True):
-            torch.bitwise_right_shift(self.pair_words, shift, out=plane)
-            # q + 127 with the top bit flipped is q - 1, and no byte overflows into the next.
-            plane.bitwise_and_(self.two).add_(self.up).bitwise_xor_(self.top)
+            torch.bitwise_right_shift(self.pair_words, shift, out=plane).bitwise_and_(self.two)
+            if self.signed:  # q + 127 with the top bit flipped is q - 1, and no byte overflows into the next.
+                plane.add_(self.up).bitwise_xor_(self.top)
         return self.parts_of_bytes
+
+
+class TQ2_0ToHalf(_ToHalf, TQ2_0):
+    signed = False
