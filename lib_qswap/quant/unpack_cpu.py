@@ -22,7 +22,7 @@ from torch import Tensor
 from .words import BLOCK_GRANULE
 
 # The scales of so many chunks are unpacked at once: they are few numbers for as many calls. torch leaves an
-# operation on 32,768 numbers or fewer to one thread; a chunk has 2,048 super-blocks or fewer for each.
+# operation on 32,768 numbers or fewer to one thread; a chunk has some 2,300 super-blocks for each.
 _CHUNKS_OF_SCALES, _CHUNKS_OF_SCALES_OF_THREADS = 4, 16
 
 
@@ -30,14 +30,12 @@ class ChunkUnpacker:
     """Unpacks chunks of a fixed number of blocks of one type.
 
     planes: planes that lie beside each other in the result. width: elements of a plane that lie together
-    there, a row of it. skipped: bytes before each row's that are none of its elements. parts: that a chunk is
-    scaled in, one after the other, once it is read.
+    there, a row of it. parts: that a chunk is scaled in, one after the other, once it is read.
     """
 
     width: int
     planes: int
     parts: int
-    skipped = 0
     signed = False
 
     def __init__(self, words: tuple[int, ...]) -> None:
@@ -53,9 +51,9 @@ class ChunkUnpacker:
         self.use_numbers(self.parts_of_bytes[0].shape[1])
 
     def use_numbers(self, count: int) -> None:
-        """The buffer for a part of a plane in fp32, with what is skipped."""
+        """The buffer for a part of a plane in fp32."""
         self.numbers = torch.empty(count, dtype=torch.float32)
-        self.rows = self.numbers.view(-1, self.skipped + self.width)[:, self.skipped :]
+        self.rows = self.numbers.view(-1, self.width)
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...] | None:
         """For any number of chunks, fp32 (planes, groups, 1): what the groups of numbers of each plane are
@@ -66,19 +64,23 @@ class ChunkUnpacker:
         raise NotImplementedError
 
     def read(self, blocks: Tensor) -> Sequence[Tensor]:
-        """A chunk's numbers, a byte each, whether signed or not: mostly `parts_of_bytes`, (planes, n)."""
+        """A chunk's numbers, part by part, each (planes, n): mostly `parts_of_bytes`, signed or not."""
         raise NotImplementedError
 
-    def unpack(self, of_bytes: Tensor, values: Tensor, *scales: Tensor) -> None:
-        """A part into its values, of any dtype."""
+    def unpack(self, part: Tensor, values: Tensor, *scales: Tensor) -> None:
+        """A part, from `read`, into its values, of any dtype."""
         planes = values.view(-1, self.planes, self.width).unbind(1)
         of_planes = zip(*(scale.unbind(0) for scale in scales), strict=True)
-        for of_plane, plane, scales_of_plane in zip(of_bytes.unbind(0), planes, of_planes, strict=True):
+        for of_plane, plane, scales_of_plane in zip(part.unbind(0), planes, of_planes, strict=True):
             self.widen(of_plane)
             # In place: a second buffer as large would drive this one out of the cache next to the core.
             for operation, scale in zip((Tensor.mul_, Tensor.add_), scales_of_plane, strict=False):
-                operation(self.numbers.view(scale.shape[0], -1), scale)
+                operation(self.groups(scale.shape[0]), scale)
             plane.copy_(self.rows)
+
+    def groups(self, count: int) -> Tensor:
+        """`numbers` in rows that have one scale each."""
+        return self.numbers.view(count, -1)
 
     def widen(self, of_plane: Tensor) -> None:
         """What `read` returns for a part of a plane, into `numbers`."""
@@ -120,7 +122,7 @@ class HalfChunkUnpacker(ChunkUnpacker):
         self.subnormals = widened.view(torch.float16).view(1, -1, self.scaled_width or self.width)
         self.variance = torch.ones(self.subnormals.shape[1], dtype=torch.float32)
 
-    def unpack(self, of_bytes: Tensor, values: Tensor, *scales: Tensor) -> None:
+    def unpack(self, part: Tensor, values: Tensor, *scales: Tensor) -> None:
         """values: fp16. scales: in the order of the result, times UNIT; minima; `means` of the scales; each
         (1, groups)."""
         for of_plane, widened in zip(self.rows_of_bytes, self.planes_of_widened, strict=True):
@@ -202,7 +204,7 @@ def unpack_whole_chunks(kind: Kind, blocks: Tensor, values: Tensor, chunk_elemen
     chunks = blocks.shape[0] // chunk if chunk else 0
     if not chunks:
         return 0
-    unpacker, part = _unpacker_of(kind, chunk), chunk // kind.parts
+    unpacker, of_part = _unpacker_of(kind, chunk), chunk // kind.parts
     at_once = _CHUNKS_OF_SCALES if torch.get_num_threads() == 1 else _CHUNKS_OF_SCALES_OF_THREADS
     for first in range(0, chunks, at_once):
         count = min(at_once, chunks - first)
@@ -210,10 +212,10 @@ def unpack_whole_chunks(kind: Kind, blocks: Tensor, values: Tensor, chunk_elemen
         scales = unpacker.scales(blocks[several])
         if scales is None:
             return first * chunk
-        of_parts = [scale.split(scale.shape[1] // (count * kind.parts), 1) for scale in scales]
-        parts = zip(values[several].split(part), *of_parts, strict=True)
+        scales_of_parts = [scale.split(scale.shape[1] // (count * kind.parts), 1) for scale in scales]
+        outs = zip(values[several].split(of_part), *scales_of_parts, strict=True)
         for packed in blocks[several].split(chunk):
-            # Takes a part only where there are bytes for it.
-            for of_bytes, (out, *of_part) in zip(unpacker.read(packed), parts, strict=False):
-                unpacker.unpack(of_bytes, out, *of_part)
+            # Takes an output only where there is a part for it.
+            for part, (out, *own_scales) in zip(unpacker.read(packed), outs, strict=False):
+                unpacker.unpack(part, out, *own_scales)
     return chunks * chunk

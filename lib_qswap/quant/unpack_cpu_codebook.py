@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from .unpack_bnb import FP4_VALUES, NF4_VALUES
-from .unpack_codebook import (
-    E2M1_DOUBLED,
-    IQ4_VALUES,
-    iq4_xs_scales,
-    mxfp4_scales,
-    nvfp4_scales,
-)
+from .unpack_codebook import E2M1_DOUBLED, IQ4_VALUES, iq4_xs_scales, mxfp4_scales, nvfp4_scales
 from .unpack_cpu import ChunkUnpacker
 from .unpack_cpu_legacy import NibbleUnpacker
 

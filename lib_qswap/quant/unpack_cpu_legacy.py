@@ -127,17 +127,20 @@ class Q8_0(ChunkUnpacker):
     """A block's scale stays in its row: that costs less than to copy the rows without it."""
 
     width, planes, parts = 32, 1, 4
-    skipped = 2
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
         super().__init__((self.parts, 0))
 
     def make_buffers(self) -> None:
-        self.use_numbers(34 * self.blocks // self.parts)
+        self.numbers = torch.empty(34 * self.blocks // self.parts, dtype=torch.float32)
+        self.rows = self.numbers.view(-1, 34)[:, 2:]
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
         return (column(blocks, 0)[None, :, None],)
 
     def read(self, blocks: Tensor) -> Sequence[Tensor]:
         return blocks.view(torch.int8).view(self.parts, 1, -1).unbind(0)
+
+    def groups(self, count: int) -> Tensor:
+        return self.rows
