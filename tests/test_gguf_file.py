@@ -276,6 +276,12 @@ def test_quantized_tensors_alias_one_map_of_the_file(write):
     assert distance == file["b"].source.offset - file["a"].source.offset
 
 
+def test_an_empty_tensor_lies_in_its_file(write):
+    marks = [Tensor("weight", (32,), "F32", bytes(128)), Tensor("v_pred", (0,), "F32", b"", offset=1 << 40)]
+    with pytest.raises(GGUFError, match=r"tensor v_pred .*the file has "):
+        open_gguf(write(gguf_bytes(marks)))
+
+
 @pytest.mark.parametrize("type", ["F32", "F16", "BF16"])
 def test_plain_tensors_of_a_mebibyte_alias_the_map_and_smaller_ones_are_in_ram(write, type):
     size = 4 if type == "F32" else 2
