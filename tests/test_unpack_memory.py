@@ -50,7 +50,7 @@ def test_the_measurement_sees_what_is_held_at_once():
 def test_temporaries_stay_below_64_mb_for_the_largest_chunks(arithmetic, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     for format in UNPACKED:
-        # Sixteen chunks of those whose scales are unpacked for several at once, two of the others.
+        # Five chunks of those whose scales are unpacked for several at once, two of the others.
         elements = 1 << (25 if format.name in unpacking._CPU_KINDS else 23)
         packed = torch.zeros(format.packed_bytes(elements), dtype=torch.uint8)
         out = torch.empty(elements, dtype=torch.float16)

@@ -58,7 +58,7 @@ _CPU_KINDS_TO_HALF: dict[str, unpack_cpu.Kind] = {
 # words of each of a chunk's planes, four at the most.
 _CPU_CHUNK_ELEMENTS = 9 << 16
 # No type takes more than 14 bytes of temporaries for an element on a CPU; `unpack_cpu`, which unpacks the
-# scales of several chunks at once, less than 27; 8 on an accelerator. There every chunk is some thirty
+# scales of several chunks at once, less than 10; 8 on an accelerator. There every chunk is some thirty
 # launches, and it pays to have few: these take less, into fp32 2 bytes more.
 _TEMPORARY_BYTES = 64 << 20
 _BYTES_PER_ELEMENT = 8.0
@@ -76,7 +76,7 @@ _FEWER_BYTES_PER_ELEMENT = {
     "TQ2_0": 2.0,
 }
 _MOST_CPU_CHUNK_ELEMENTS = 1 << 22
-_MOST_CPU_CHUNK_ELEMENTS_OF_KINDS = 1 << 21
+_MOST_CPU_CHUNK_ELEMENTS_OF_KINDS = 6 << 20
 
 
 def unpack(

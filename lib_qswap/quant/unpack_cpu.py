@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .words import BLOCK_GRANULE
 
-# The scales of so many chunks are unpacked at once: they are few numbers for as many calls. torch leaves an
-# operation on 32,768 numbers or fewer to one thread; a chunk has some 2,300 super-blocks for each.
-_CHUNKS_OF_SCALES, _CHUNKS_OF_SCALES_OF_THREADS = 4, 16
+# The scales of chunks with so many elements are unpacked at once: they are few numbers for as many calls. torch
+# leaves an operation on 32,768 numbers or fewer to one thread: here it is on 65,536 super-blocks or more.
+_SCALED_AT_ONCE, _SCALED_AT_ONCE_OF_THREADS = 1 << 21, 1 << 24
 
 
 class ChunkUnpacker:
@@ -205,7 +205,8 @@ def unpack_whole_chunks(kind: Kind, blocks: Tensor, values: Tensor, chunk_elemen
     if not chunks:
         return 0
     unpacker, of_part = _unpacker_of(kind, chunk), chunk // kind.parts
-    at_once = _CHUNKS_OF_SCALES if torch.get_num_threads() == 1 else _CHUNKS_OF_SCALES_OF_THREADS
+    scaled = _SCALED_AT_ONCE if torch.get_num_threads() == 1 else _SCALED_AT_ONCE_OF_THREADS
+    at_once = -(-scaled // (chunk * elements))
     for first in range(0, chunks, at_once):
         count = min(at_once, chunks - first)
         several = slice(first * chunk, (first + count) * chunk)
