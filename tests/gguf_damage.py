@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from gguf_writer import ARRAY, I32, STRING, Tensor, Value, gguf_bytes
 
-from lib_qswap.quant.gguf_file import GGUFError, open_gguf
+from lib_qswap.quant.gguf_file import GGUFError, GGUFFile, open_gguf
 from lib_qswap.quant.gguf_reader import MetadataArray
 from lib_qswap.quant.inspect import format_report, inspect_file
 
@@ -138,7 +138,8 @@ def fields_of(content: bytes) -> list[bytes]:
 
 
 def read_all_or_refuse(path: str | os.PathLike[str]) -> str | None:
-    """Everything that reading a file can do: only a GGUFError on opening may stop it. What that says."""
+    """Everything that reading a file can do: only a GGUFError on opening may stop it, or on asking for a tensor
+    of a type that nothing unpacks. What the first says."""
     try:
         file = open_gguf(path)
     except GGUFError as refusal:
@@ -150,7 +151,12 @@ def read_all_or_refuse(path: str | os.PathLike[str]) -> str | None:
         if isinstance(value, MetadataArray):
             assert len(list(value)) == len(value)
         str(value)
-    for name, tensor in file.items():
+    for info in file.tensors:
+        name = info.name
+        if info.format.unpack is None:
+            assert " (type): " in _refusal(file, name), name
+            continue
+        tensor = file[name]
         assert tensor.packed.nbytes == tensor.source.nbytes, name
         padding = 0 if tensor.source.nbytes else file.metadata.get("general.alignment", 32) - 1
         assert tensor.source.offset + tensor.source.nbytes <= tensor.source.file.size + padding, name
@@ -158,3 +164,11 @@ def read_all_or_refuse(path: str | os.PathLike[str]) -> str | None:
     report = format_report(inspect_file(path))
     assert len(report.splitlines()) <= 60
     return None
+
+
+def _refusal(file: GGUFFile, name: str) -> str:
+    try:
+        file[name]
+    except GGUFError as refusal:
+        return str(refusal)
+    raise AssertionError(f"{name} was not refused")

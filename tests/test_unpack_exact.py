@@ -23,7 +23,7 @@ BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 32 super-blocks, so that a small tensor has several."""
-    monkeypatch.setattr(unpacking, "_CPU_CHUNK_ELEMENTS", 8192 // torch.get_num_threads())
+    monkeypatch.setattr(unpacking, "_CPU_CHUNK_ELEMENTS", -(-8192 // torch.get_num_threads()))
     monkeypatch.setattr(unpacking, "_TEMPORARY_BYTES", 8192 * 2)
 
 
@@ -73,6 +73,11 @@ def fp8_values(name: str) -> np.ndarray:
     return np.array(values, np.float32)
 
 
+def several_chunks(format) -> int:
+    """Blocks: three chunks and a little with `small_chunks`."""
+    return 3 * 8192 // format.block_elements + 35
+
+
 def unpacked(format, blocks: np.ndarray, dtype=torch.float32, **arithmetic) -> torch.Tensor:
     out = torch.full((len(blocks), format.block_elements), torch.nan, dtype=dtype)
     assert unpack(format, torch.from_numpy(blocks), out, **arithmetic) is out
@@ -90,7 +95,7 @@ def assert_same_bits(values: torch.Tensor, expected: torch.Tensor) -> None:
 @EVERY_TYPE
 @pytest.mark.parametrize("scales", ["any", "ordinary", "edge", "zero"])
 def test_values_are_those_of_gguf_py_bit_for_bit_and_rounded_once(format, scales, small_chunks):
-    blocks = ggml_blocks.random_blocks(format, 14 * 14 + 3, scales)
+    blocks = ggml_blocks.random_blocks(format, max(14 * 14 + 3, several_chunks(format)), scales)
     expected = reference(format, blocks)
     assert expected.isfinite().all()
     if scales in ("any", "ordinary"):
@@ -100,6 +105,21 @@ def test_values_are_those_of_gguf_py_bit_for_bit_and_rounded_once(format, scales
         return  # fp32 is not what the halves are rounded from: see test_unpack_plain
     for dtype in (torch.float16, torch.bfloat16):
         assert_same_bits(unpacked(format, blocks, dtype), expected.to(dtype))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", unpacking._CPU_KINDS)
+def test_small_chunks_are_unpacked_in_the_way_of_the_cpu(name, threads, monkeypatch, request):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    request.getfixturevalue("small_chunks")
+    done, original = [], unpack_cpu.unpack_whole_chunks
+    monkeypatch.setattr(
+        unpack_cpu, "unpack_whole_chunks", lambda *args: done.append(original(*args)) or done[-1]
+    )
+    format = FORMATS[name]
+    count = several_chunks(format)
+    unpacked(format, ggml_blocks.random_blocks(format, count, "ordinary"), torch.bfloat16)
+    assert count - 64 < sum(done) <= count
 
 
 @EVERY_TYPE
@@ -136,6 +156,22 @@ def test_blocks_may_start_at_any_byte(format, offset, small_chunks):
     storage[offset:] = torch.from_numpy(blocks).view(-1)
     out = torch.empty(80, format.block_elements)
     assert_same_bits(unpack(format, storage[offset:], out), unpacked(format, blocks))
+
+
+@pytest.mark.parametrize("name", unpacking._CPU_KINDS)
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+def test_blocks_may_lie_in_a_storage_that_starts_at_any_byte(name, offset, small_chunks):
+    """A file's map is such a storage; one of the two may be aligned where the other is not."""
+    format = FORMATS[name]
+    blocks = ggml_blocks.random_blocks(format, several_chunks(format), "ordinary")
+    expected = unpacked(format, blocks)
+    data = np.zeros(blocks.size + 64, np.uint8)
+    base = -data.ctypes.data % 16 + offset
+    storage = torch.frombuffer(data.data, dtype=torch.uint8, offset=base)
+    for start in (0, -offset % 16, 8):
+        storage[start : start + blocks.size] = torch.from_numpy(blocks).view(-1)
+        packed = storage[start : start + blocks.size]
+        assert_same_bits(unpack(format, packed, torch.empty_like(expected)), expected)
 
 
 def test_shapes_are_free_as_long_as_the_number_of_elements_fits():
@@ -189,9 +225,11 @@ def test_tensors_of_inference_mode_and_others_may_be_mixed(first_in_inference_mo
         assert weight.grad.item() == pytest.approx(ordinary.sum().item(), rel=1e-4)
 
 
-def test_threads_do_not_disturb_each_other(small_chunks):
-    format = FORMATS["Q5_K"]
-    work = [ggml_blocks.random_blocks(format, 200, "ordinary", seed) for seed in range(4)]
+@pytest.mark.parametrize("name", ["Q5_K", "Q5_0", "IQ4_XS", "BNB_NF4", "TQ1_0"])
+def test_threads_do_not_disturb_each_other(name, small_chunks):
+    format = FORMATS[name]
+    count = several_chunks(format)
+    work = [ggml_blocks.random_blocks(format, count, "ordinary", seed) for seed in range(4)]
     expected = [unpacked(format, blocks, torch.float16) for blocks in work]
     results: dict[int, torch.Tensor] = {}
 
@@ -264,11 +302,12 @@ def test_a_scale_that_is_no_number_spoils_its_own_block_alone(name, scale, posit
     assert torch.equal(values.nan_to_num(nan=0), expected.half().nan_to_num(nan=0))
 
 
+@pytest.mark.parametrize("name", ["TQ1_0", "TQ2_0"])
 @pytest.mark.parametrize("scale", [2.0**-24, 0.01, 65504.0, 0.0, -0.0, -0.01, np.inf, -np.inf, np.nan])
-def test_ternary_numbers_have_the_right_sign_where_they_are_zero(scale, small_chunks, monkeypatch):
-    format = FORMATS["TQ1_0"]
+def test_ternary_numbers_have_the_right_sign_where_they_are_zero(name, scale, small_chunks, monkeypatch):
+    format = FORMATS[name]
     blocks = ggml_blocks.random_blocks(format, 14 * 14 + 3, "ordinary")
-    d = blocks[:, 52:].view(np.float16)
+    d = blocks[:, -2:].view(np.float16)
     d[:] = np.maximum(np.abs(d), np.float16(1e-4))
     d[100] = scale
     expected = unpacked(format, blocks)
@@ -285,7 +324,7 @@ def test_ternary_numbers_have_the_right_sign_where_they_are_zero(scale, small_ch
     assert bool(calls) == (0 < scale < np.inf), "whether the quick way was taken"
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "TQ1_0", "TQ2_0"])
 def test_where_torch_cannot_scale_rows_the_values_are_the_same(name, small_chunks, monkeypatch):
     blocks = ggml_blocks.random_blocks(FORMATS[name], 14 * 14 + 3, "edge")
     quick = unpacked(FORMATS[name], blocks, torch.float16)
@@ -295,7 +334,7 @@ def test_where_torch_cannot_scale_rows_the_values_are_the_same(name, small_chunk
     assert_same_bits(unpacked(FORMATS[name], blocks, torch.float16), quick)
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "TQ1_0", "TQ2_0"])
 def test_where_torch_scales_rows_less_precisely_it_is_not_asked_to(name, small_chunks, monkeypatch):
     blocks = ggml_blocks.random_blocks(FORMATS[name], 14 * 14 + 3, "edge")
     quick = unpacked(FORMATS[name], blocks, torch.float16)

@@ -38,7 +38,7 @@ SCALES = pytest.mark.parametrize("scales", ["ordinary", "any"])
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of 16 super-blocks, so that a small tensor has several."""
-    monkeypatch.setattr(unpacking, "_CPU_CHUNK_ELEMENTS", 4096 // torch.get_num_threads())
+    monkeypatch.setattr(unpacking, "_CPU_CHUNK_ELEMENTS", -(-4096 // torch.get_num_threads()))
     monkeypatch.setattr(unpacking, "_TEMPORARY_BYTES", 4096 * 2)
 
 

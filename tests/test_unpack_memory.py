@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import lib_qswap.quant.unpack as unpacking
-from lib_qswap.quant import unpack_cpu, unpack_cpu_k
+from lib_qswap.quant import unpack_cpu, unpack_cpu_codebook, unpack_cpu_k, unpack_cpu_legacy
 from lib_qswap.quant.formats import FORMATS
 from lib_qswap.quant.unpack import unpack
 
@@ -84,12 +84,22 @@ def test_the_next_tensor_of_a_type_takes_the_same_buffers(monkeypatch):
     assert second < first / 4
 
 
+TRACED = (
+    unpack_cpu_k.Q6_K,
+    unpack_cpu_legacy.Q5_0,
+    unpack_cpu_codebook.IQ4_NL,
+    unpack_cpu_codebook.BNB_NF4,
+)
+
+
 def test_buffers_of_somebody_who_traces_are_not_used_again(monkeypatch):
     monkeypatch.setattr(unpack_cpu, "_kept", threading.local())
     with FakeTensorMode():
-        traced = unpack_cpu._unpacker_of(unpack_cpu_k.Q6_K, 64)
-    assert isinstance(traced.words, FakeTensor)
-    assert type(unpack_cpu._unpacker_of(unpack_cpu_k.Q6_K, 64).words) is torch.Tensor
+        traced = [unpack_cpu._unpacker_of(kind, 64) for kind in TRACED]
+    assert isinstance(traced[0].words, FakeTensor)
+    for kind in TRACED:
+        for kept in vars(unpack_cpu._unpacker_of(kind, 64)).values():
+            assert not isinstance(kept, FakeTensor), kind
 
 
 def test_threads_that_unpack_at_once_do_not_share_buffers():

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # What unpacking writes directly; every other dtype is reached by one more conversion, from fp32.
 _UNPACKED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Whole chunks of `unpack`, whatever the number of threads, and few enough for a CPU's caches.
-_PIECE_ELEMENTS = 1 << 22
+# Whole chunks of `unpack`, with one thread, two, four or eight.
+_PIECE_ELEMENTS = 9 << 19
 _PIECE_BYTES = 4 << 20
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import kernels, unpack_cpu, unpack_cpu_codebook, unpack_cpu_k, unpack_cpu_legacy, unpack_cpu_ternary
 from .formats import Format, UnpackFunction, UnpackLikeForgeFunction
-from .words import BLOCK_GRANULE, aligned
+from .words import BLOCK_GRANULE, aligned, is_aligned
 
 Arithmetic = Literal["exact", "like Forge"]
 
@@ -55,10 +55,10 @@ _CPU_KINDS_TO_HALF: dict[str, unpack_cpu.Kind] = {
 
 # For each thread. Smaller chunks spend their time on calls, larger ones on memory outside the caches. torch
 # leaves 32,768 numbers or fewer to one thread: with a little more than a power of two, two threads share the
-# words of each of a chunk's planes, four at the most.
+# words of a plane, of which a chunk has four at the most.
 _CPU_CHUNK_ELEMENTS = 9 << 16
 # No type takes more than 14 bytes of temporaries for an element on a CPU; `unpack_cpu`, which unpacks the
-# scales of several chunks at once, less than 10; 8 on an accelerator. There every chunk is some thirty
+# scales of several chunks at once, less than 13; 8 on an accelerator. There every chunk is some thirty
 # launches, and it pays to have few: these take less, into fp32 2 bytes more.
 _TEMPORARY_BYTES = 64 << 20
 _BYTES_PER_ELEMENT = 8.0
@@ -76,7 +76,7 @@ _FEWER_BYTES_PER_ELEMENT = {
     "TQ2_0": 2.0,
 }
 _MOST_CPU_CHUNK_ELEMENTS = 1 << 22
-_MOST_CPU_CHUNK_ELEMENTS_OF_KINDS = 6 << 20
+_MOST_CPU_CHUNK_ELEMENTS_OF_KINDS = 9 << 19
 
 
 def unpack(
@@ -123,7 +123,7 @@ def _with_torch(
     with torch.inference_mode(), _ANYWHERE if torch.empty(0).device.type == "cpu" else _ON_CPU:
         blocks = packed.view(-1, format.block_bytes)
         values = out.view(-1, format.block_elements)
-        if exact and out.device.type == "cpu" and packed.data_ptr() % 8 == 0:
+        if exact and out.device.type == "cpu" and is_aligned(packed, 8):
             chunk_elements = _CPU_CHUNK_ELEMENTS * torch.get_num_threads()
             chunk_elements = min(chunk_elements, _MOST_CPU_CHUNK_ELEMENTS_OF_KINDS)
             for kind in _cpu_kinds(format, out.dtype):

@@ -19,10 +19,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .words import BLOCK_GRANULE
+from .words import BLOCK_GRANULE, is_tracing
 
-# The scales of chunks with so many elements are unpacked at once: they are few numbers for as many calls. torch
-# leaves an operation on 32,768 numbers or fewer to one thread: here it is on 65,536 super-blocks or more.
+# The scales of chunks with so many elements are unpacked at once: they are few numbers for as many calls.
+# torch leaves an operation on 32,768 numbers or fewer to one thread: here it is on 65,536 super-blocks.
 _SCALED_AT_ONCE, _SCALED_AT_ONCE_OF_THREADS = 1 << 21, 1 << 24
 
 
@@ -39,7 +39,7 @@ class ChunkUnpacker:
     signed = False
 
     def __init__(self, words: tuple[int, ...]) -> None:
-        """words: shape of the buffer for the numbers as bytes, plane by plane, eight in an int64."""
+        """For numbers that are bytes in a buffer, plane by plane. words: its shape in int64."""
         self.words = torch.empty(words, dtype=torch.int64)
         self.planes_of_words = self.words.view(self.planes, -1).unbind(0)
         of_bytes = self.words.view(-1).view(torch.int8 if self.signed else torch.uint8)
@@ -137,7 +137,7 @@ def column(blocks: Tensor, number: int) -> Tensor:
     return blocks.view(torch.int16)[:, number].contiguous().view(torch.float16).float()
 
 
-_NO_STATISTICS = torch.empty(0, dtype=torch.float32)
+_NO_STATISTICS = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def scaled_rows(
@@ -184,7 +184,7 @@ _kept = threading.local()
 def _unpacker_of(kind: Kind, chunk: int) -> ChunkUnpacker:
     """The one that this thread used last, where that is of the same kind: the page faults of fresh buffers
     take longer than a chunk does."""
-    if type(torch.empty(0)) is not Tensor:  # Somebody traces, with tensors that are none.
+    if is_tracing():
         return kind(chunk)
     if getattr(_kept, "key", None) != (kind, chunk):
         _kept.unpacker = _kept.key = None
@@ -214,7 +214,7 @@ def unpack_whole_chunks(kind: Kind, blocks: Tensor, values: Tensor, chunk_elemen
         if scales is None:
             return first * chunk
         scales_of_parts = [scale.split(scale.shape[1] // (count * kind.parts), 1) for scale in scales]
-        outs = zip(values[several].split(of_part), *scales_of_parts, strict=True)
+        outs = zip(values[several].split(of_part), *scales_of_parts, strict=False)
         for packed in blocks[several].split(chunk):
             # Takes an output only where there is a part for it.
             for part, (out, *own_scales) in zip(unpacker.read(packed), outs, strict=False):

@@ -5,7 +5,6 @@ whose docstrings have the layouts, in the way of `unpack_cpu`. Four values come 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,9 +13,10 @@ from .unpack_bnb import FP4_VALUES, NF4_VALUES
 from .unpack_codebook import E2M1_DOUBLED, IQ4_VALUES, iq4_xs_scales, mxfp4_scales, nvfp4_scales
 from .unpack_cpu import ChunkUnpacker
 from .unpack_cpu_legacy import NibbleUnpacker
+from .words import kept_numbers, kept_table
 
-_LANES, _ODD_LANES, _16 = torch.tensor([0x0000FFFF0000FFFF, ~0x0000FFFF0000FFFF, 16]).unbind(0)
-_LOW_BITS = torch.tensor(0xFFFF)
+_EVEN, _ODD, _16 = kept_numbers(0x0000FFFF0000FFFF, ~0x0000FFFF0000FFFF, 16)
+(_HALF,) = kept_numbers(0xFFFF)
 _ROWS_OF_LOOK_UPS = 64
 
 
@@ -43,18 +43,18 @@ class _Codebook(NibbleUnpacker):
 
     def read_halves(self, blocks: Tensor) -> None:
         # Of every two pairs of bytes the even one, and the odd one.
-        torch.bitwise_and(self.nibble_words, _LANES, out=self.indices[0])
-        torch.bitwise_right_shift(self.nibble_words, _16, out=self.indices[1]).bitwise_and_(_LANES)
+        torch.bitwise_and(self.nibble_words, _EVEN, out=self.indices[0])
+        torch.bitwise_right_shift(self.nibble_words, _16, out=self.indices[1]).bitwise_and_(_EVEN)
         for indices, found in self.short_words:
             torch.index_select(self.table, 0, indices, out=found)
         even, odd = self.found
-        torch.bitwise_and(even, _LANES, out=self.low)
-        self.low.bitwise_or_(torch.bitwise_left_shift(odd, _16, out=self.part).bitwise_and_(_ODD_LANES))
-        torch.bitwise_right_shift(even, _16, out=self.high).bitwise_and_(_LANES)
-        self.high.bitwise_or_(torch.bitwise_and(odd, _ODD_LANES, out=self.part))
+        torch.bitwise_and(even, _EVEN, out=self.low)
+        self.low.bitwise_or_(torch.bitwise_left_shift(odd, _16, out=self.part).bitwise_and_(_ODD))
+        torch.bitwise_right_shift(even, _16, out=self.high).bitwise_and_(_EVEN)
+        self.high.bitwise_or_(torch.bitwise_and(odd, _ODD, out=self.part))
 
 
-@lru_cache(maxsize=4)
+@kept_table(maxsize=4)
 def _bytes_of_pairs(values: tuple[int, ...]) -> Tensor:
     """int32 (65536,): the four values of `_nibbles_of_pairs`, a byte each."""
     of_nibbles = torch.tensor(values, dtype=torch.int8)
@@ -100,9 +100,6 @@ class _FourBits(ChunkUnpacker):
         self.indices = torch.empty(16 * blocks, dtype=torch.int64)
         self.parts_of_indices = self.indices.view(self.parts, 1, -1).unbind(0)
         self.table = _fours_of_pairs(self.values).expand(_ROWS_OF_LOOK_UPS, -1)
-        super().__init__((self.parts, 0))
-
-    def make_buffers(self) -> None:
         self.use_numbers(4 * self.parts_of_indices[0].numel())
         self.fours = self.numbers.view(torch.complex128).view(_ROWS_OF_LOOK_UPS, -1)
 
@@ -111,7 +108,7 @@ class _FourBits(ChunkUnpacker):
 
     def read(self, blocks: Tensor) -> Sequence[Tensor]:
         self.fields.copy_(blocks.view(torch.int16)[:, 2:])
-        self.indices.copy_(self.fields.view(-1)).bitwise_and_(_LOW_BITS)
+        self.indices.copy_(self.fields.view(-1)).bitwise_and_(_HALF)
         return self.parts_of_indices
 
     def widen(self, of_plane: Tensor) -> None:
@@ -119,7 +116,7 @@ class _FourBits(ChunkUnpacker):
         torch.gather(self.table, 1, of_plane.view(_ROWS_OF_LOOK_UPS, -1), out=self.fours)
 
 
-@lru_cache(maxsize=4)
+@kept_table(maxsize=4)
 def _fours_of_pairs(values: tuple[float, ...]) -> Tensor:
     """complex128 (65536,): four fp32 values, of each byte its high nibble's, then its low one's."""
     of_nibbles = torch.tensor(values, dtype=torch.float32)

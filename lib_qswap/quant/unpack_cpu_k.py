@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .unpack_cpu import ChunkUnpacker, HalfChunkUnpacker, means
-from .words import aligned, as_words, byte_masks, every_byte
+from .words import aligned, as_words, byte_masks, every_byte, kept_numbers
 
 # A tensor, so that no call has to make one of it; so are all the masks and shifts below.
-_LANES = torch.tensor(0x00FF00FF00FF00FF)
+_LANES, _ODD_LANES = kept_numbers(0x00FF00FF00FF00FF, ~0x00FF00FF00FF00FF)
 
 
 def _repeated_half(blocks: Tensor, offset: int, count: int) -> Tensor:
@@ -29,11 +29,10 @@ def _repeated_half(blocks: Tensor, offset: int, count: int) -> Tensor:
 # -- Q4_K and Q5_K: groups of 32 -----------------------------------------------------------------------------
 
 # Of the words that hold four 6-bit numbers, and the other four in their upper half.
-_LOW, _HIGH_TOPS, _HIGH_RESTS = torch.tensor([0x3F3F3F3F, 0x30303030 << 32, 0x0F0F0F0F << 32]).unbind(0)
-_ODD_LANES = ~_LANES
-_HALVES, _SIGN_OF_SECOND, _TWICE = torch.tensor([0xFFFFFFFF, 0x80000000, 0x0000000100000001]).unbind(0)
-_HALF, _SIGN, _FOUR_TIMES = torch.tensor([0xFFFF, 0x8000, 0x0001000100010001]).unbind(0)
-_2, _4, _8, _16, _30, _32 = torch.tensor([2, 4, 8, 16, 30, 32]).unbind(0)
+_LOW, _HIGH_TOPS, _HIGH_RESTS = kept_numbers(0x3F3F3F3F, 0x30303030 << 32, 0x0F0F0F0F << 32)
+_HALVES, _SIGN_OF_SECOND, _TWICE = kept_numbers(0xFFFFFFFF, 0x80000000, 0x0000000100000001)
+_HALF, _SIGN, _FOUR_TIMES = kept_numbers(0xFFFF, 0x8000, 0x0001000100010001)
+_2, _4, _8, _16, _30, _32 = kept_numbers(2, 4, 8, 16, 30, 32)
 
 
 class _SixBitNumbers:
@@ -157,7 +156,7 @@ class Q4_K(_Groups32):
 
     def __init__(self, blocks: int) -> None:
         super().__init__(blocks)
-        self.masks = byte_masks(0x0F, 0xF0).unbind(0)
+        self.masks = byte_masks(0x0F, 0xF0)
 
     def read(self, blocks: Tensor) -> Sequence[Tensor]:
         nibbles = blocks.view(torch.int64)[:, 2:]
@@ -178,8 +177,8 @@ class Q5_K(_Groups32):
         # Plane j has its fifth bits at bit j: to the top of the byte.
         shifts = torch.tensor([7, 5, 3, 1]).repeat_interleave(4)
         self.shifts = (shifts, shifts - 1)
-        self.four, self.top = byte_masks(0x78, 0x80).unbind(0)
-        self.one, self.three = torch.tensor([1, 3]).unbind(0)
+        self.four, self.top = byte_masks(0x78, 0x80)
+        self.one, self.three = kept_numbers(1, 3)
 
     def read(self, blocks: Tensor) -> Sequence[Tensor]:
         nibbles = blocks.view(torch.int64)[:, 6:]
@@ -226,8 +225,8 @@ class _Groups16(ChunkUnpacker):
     width, planes, parts = 32, 4, 1
 
 
-_NIBBLES = byte_masks(0x0F)
-_PAIRS_TO_BOTTOM = torch.tensor([0, 16, 32, 48])[:, None]
+(_NIBBLES,) = byte_masks(0x0F)
+_PAIRS_TO_BOTTOM = torch.stack(kept_numbers(0, 16, 32, 48))[:, None]
 
 
 def _pairs(words: Tensor) -> Tensor:
@@ -255,8 +254,8 @@ class Q6_K(_Groups16):
         self.tops = torch.empty_like(self.pairs)
         shifts = torch.tensor([6, 4]).repeat_interleave(4).repeat(2)
         self.shifts = (shifts, shifts - 4)
-        self.two_bits = torch.tensor(2)
-        self.flip, self.four, self.two = byte_masks(0xAA, 0x3C, 0xC0).unbind(0)
+        (self.two_bits,) = kept_numbers(2)
+        self.flip, self.four, self.two = byte_masks(0xAA, 0x3C, 0xC0)
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
         # Of the low nibbles four, of the high ones four.
@@ -285,7 +284,7 @@ class Q2_K(_Groups16):
         super().__init__((4, 8 * blocks))
         self.pairs = torch.empty((blocks, 16), dtype=torch.int32)
         self.pair_words = as_words(self.pairs)
-        self.masks = byte_masks(0x03, 0x0C, 0x30, 0xC0).unbind(0)
+        self.masks = byte_masks(0x03, 0x0C, 0x30, 0xC0)
         self.units = torch.tensor([1, 1 / 4, 1 / 16, 1 / 64], dtype=torch.float32)[:, None]
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
@@ -314,9 +313,9 @@ class Q3_K(_Groups16):
         self.third_of_half = third_of_halves.unbind(1)
         self.third_rows = third_of_halves.view(-1)
         self.tops = torch.empty_like(self.third_rows)
-        self.pair_shifts = torch.tensor([5, 3, 1, 1]).unbind(0)
-        self.shifts = torch.tensor([7, 6, 5, 4]).unbind(0)
-        self.two, self.top = byte_masks(0x60, 0x80).unbind(0)
+        self.pair_shifts = kept_numbers(5, 3, 1, 1)
+        self.shifts = kept_numbers(7, 6, 5, 4)
+        self.two, self.top = byte_masks(0x60, 0x80)
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:
         n = blocks.shape[0]

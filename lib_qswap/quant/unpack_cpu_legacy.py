@@ -11,14 +11,14 @@ from torch import Tensor
 
 from .unpack_cpu import ChunkUnpacker, column
 from .unpack_legacy import bits_to_top
-from .words import as_words, byte_masks
+from .words import as_words, byte_masks, kept_numbers
 
 
 class NibbleUnpacker(ChunkUnpacker):
     """Blocks that end in groups of bytes: low nibbles are the first half of a group, high ones the other.
 
-    unit: what the scales are multiplied by. nibble_bytes: of a block. field: of the dtype that the bytes are
-    copied as, the widest that fits. piece: as large as a group.
+    unit: what the scales are multiplied by. nibble_bytes: of a block. field: the dtype that the bytes are
+    copied as, by measurement. piece: as large as a group.
     """
 
     width, planes, parts = 32, 1, 4
@@ -59,8 +59,8 @@ class Q4_0(NibbleUnpacker):
 
     def __init__(self, blocks: int) -> None:
         super().__init__(blocks)
-        self.flip, self.top = byte_masks(0x88, 0xF0).unbind(0)
-        self.four = torch.tensor(4)
+        self.flip, self.top = byte_masks(0x88, 0xF0)
+        (self.four,) = kept_numbers(4)
 
     def read_halves(self, blocks: Tensor) -> None:
         # With its top bit flipped, a high nibble read as signed is (q - 8) * 16.
@@ -75,8 +75,8 @@ class Q4_1(NibbleUnpacker):
 
     def __init__(self, blocks: int) -> None:
         super().__init__(blocks)
-        self.mask = byte_masks(0x0F)[0]
-        self.four = torch.tensor(4)
+        (self.mask,) = byte_masks(0x0F)
+        (self.four,) = kept_numbers(4)
 
     def read_halves(self, blocks: Tensor) -> None:
         torch.bitwise_and(self.nibble_words, self.mask, out=self.low)
@@ -95,8 +95,8 @@ class _FiveBits(NibbleUnpacker):
         self.indices = torch.empty(2 * blocks, dtype=torch.int32)
         self.tops = torch.empty_like(self.low)
         self.table = bits_to_top(torch.device("cpu"))
-        self.four, self.top = byte_masks(0x78, 0x80).unbind(0)
-        self.one, self.three = torch.tensor([1, 3]).unbind(0)
+        self.four, self.top = byte_masks(0x78, 0x80)
+        self.one, self.three = kept_numbers(1, 3)
 
     def read_halves(self, blocks: Tensor) -> None:
         torch.bitwise_left_shift(self.nibble_words, self.three, out=self.low)
@@ -129,11 +129,7 @@ class Q8_0(ChunkUnpacker):
     width, planes, parts = 32, 1, 4
 
     def __init__(self, blocks: int) -> None:
-        self.blocks = blocks
-        super().__init__((self.parts, 0))
-
-    def make_buffers(self) -> None:
-        self.numbers = torch.empty(34 * self.blocks // self.parts, dtype=torch.float32)
+        self.numbers = torch.empty(34 * blocks // self.parts, dtype=torch.float32)
         self.rows = self.numbers.view(-1, 34)[:, 2:]
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...]:

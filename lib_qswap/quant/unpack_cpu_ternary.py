@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .unpack_cpu import ChunkUnpacker, HalfChunkUnpacker, column, means
-from .words import as_words, byte_masks
+from .words import as_words, byte_masks, kept_numbers
 
 
 class TQ1_0(ChunkUnpacker):
@@ -29,9 +29,9 @@ class TQ1_0(ChunkUnpacker):
         self.last_of_wide, self.last_digits = self.wide[:, 240:], self.last.view(torch.int16)
         self.places_of_digits = [self._places(digit) for digit in range(5)]
         self.parts_of_wide = self.wide.view(self.parts, 1, -1).unbind(0)
-        self.three, self.one = torch.tensor([3, 256], dtype=torch.int16).unbind(0)
-        self.upper, self.lower = torch.tensor([0x0300030003000300, 0x00FF00FF00FF00FF]).unbind(0)
-        super().__init__((self.parts, 0))
+        self.three, self.unit = torch.tensor([3, 256], dtype=torch.int16).unbind(0)
+        self.upper, self.lower = kept_numbers(0x0300030003000300, 0x00FF00FF00FF00FF)
+        self.make_buffers()
 
     def make_buffers(self) -> None:
         self.use_numbers(self.parts_of_wide[0].numel())
@@ -52,7 +52,7 @@ class TQ1_0(ChunkUnpacker):
 
     def read(self, blocks: Tensor) -> Sequence[Tensor]:
         self.read_digits(blocks)
-        self.wide.sub_(self.one)
+        self.wide.sub_(self.unit)
         return self.parts_of_wide
 
     def read_digits(self, blocks: Tensor) -> None:
@@ -103,11 +103,11 @@ class TQ2_0(ChunkUnpacker):
         super().__init__((4, 8 * blocks))
         self.pairs = torch.empty((blocks, 32), dtype=torch.int16)
         self.pair_words = as_words(self.pairs)
-        self.shifts = torch.tensor([0, 2, 4, 6]).unbind(0)
-        self.two, self.up, self.top = byte_masks(0x03, 0x7F, 0x80).unbind(0)
+        self.shifts = kept_numbers(0, 2, 4, 6)
+        self.two, self.up, self.top = byte_masks(0x03, 0x7F, 0x80)
 
     def scales(self, blocks: Tensor) -> tuple[Tensor, ...] | None:
-        of_halves = blocks.view(torch.float16)[:, 32].float().repeat_interleave(2)
+        of_halves = column(blocks, 32).repeat_interleave(2)
         return (of_halves.expand(4, -1)[:, :, None],)
 
     def read(self, blocks: Tensor) -> Sequence[Tensor]:

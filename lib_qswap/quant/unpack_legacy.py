@@ -11,12 +11,10 @@ scale, in fp32, where that is exact.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from .words import as_numbers, as_words, constant, every_byte, half_scale, scaled_sum
+from .words import as_numbers, as_words, constant, every_byte, half_scale, kept_table, scaled_sum
 
 
 def unpack_q4_0(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = torch.float32) -> None:
@@ -41,7 +39,7 @@ def unpack_q4_1(blocks: Tensor, out: Tensor, computation_dtype: torch.dtype = to
         scaled_sum(q, scale * unit, minimum, computation_dtype, out[:, 16 * half : 16 * half + 16])
 
 
-@lru_cache(maxsize=16)
+@kept_table(maxsize=16)
 def bits_to_top(device: torch.device) -> Tensor:
     """int64 (256,): bit j of the index as the top bit of byte j."""
     bits = torch.arange(256)[:, None] >> torch.arange(8) & 1

@@ -6,7 +6,8 @@ that a shift carries over from the neighbouring byte are masked away afterwards.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 
 import torch
 from torch import Tensor
@@ -20,14 +21,39 @@ def every_byte(byte: int) -> int:
     return int.from_bytes(bytes([byte]) * 8, "little", signed=True)
 
 
-def byte_masks(*bytes_: int) -> Tensor:
-    """int64, on the CPU: `every_byte` of each. Kept, no call has to make a tensor of a number."""
-    return torch.tensor([every_byte(byte) for byte in bytes_])
+def kept_numbers(*numbers: int) -> tuple[Tensor, ...]:
+    """int64, on the CPU, whatever device is the default. Kept, no call has to make a tensor of a number."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu").unbind(0)
+
+
+def byte_masks(*bytes_: int) -> tuple[Tensor, ...]:
+    """`kept_numbers`: `every_byte` of each."""
+    return kept_numbers(*map(every_byte, bytes_))
+
+
+def is_aligned(data: Tensor, size: int) -> bool:
+    """Whether elements of so many bytes can be read where `data`, uint8, lies."""
+    return (data.storage_offset() | data.data_ptr()) % size == 0
 
 
 def aligned(data: Tensor, size: int) -> Tensor:
-    """The tensor, copied unless elements of so many bytes can be read where it lies."""
-    return data.clone() if (data.storage_offset() | data.data_ptr()) % size else data
+    """`data`, copied unless `is_aligned`."""
+    return data if is_aligned(data, size) else data.clone()
+
+
+def is_tracing() -> bool:
+    """Whether new tensors are none just now, but stand for some: nothing of them may be kept."""
+    return type(torch.empty(0)) is not Tensor
+
+
+def kept_table(maxsize: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """`lru_cache` for a function that makes a tensor, but for those of somebody who traces."""
+
+    def decorate(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        kept = lru_cache(maxsize)(make)
+        return wraps(make)(lambda *args: make(*args) if is_tracing() else kept(*args))
+
+    return decorate
 
 
 def as_words(data: Tensor) -> Tensor:
