@@ -138,8 +138,8 @@ def fields_of(content: bytes) -> list[bytes]:
 
 
 def read_all_or_refuse(path: str | os.PathLike[str]) -> str | None:
-    """Everything that reading a file can do: only a GGUFError on opening may stop it, or on asking for a tensor
-    of a type that nothing unpacks. What the first says."""
+    """Everything that reading a file can do: only a GGUFError may stop it, on opening, or where a tensor of a
+    type that nothing unpacks is asked for. What the first says."""
     try:
         file = open_gguf(path)
     except GGUFError as refusal:
