@@ -174,7 +174,7 @@ def add_run_arguments(parser: Parser) -> None:
         type=positive,
         help=f"side of the image in pixels (default {DEFAULT_PIXELS}; on the CPU {DEFAULT_PIXELS_ON_CPU})",
     )
-    add("--seed", type=int, default=0, help="of the image's noise (default 0)")
+    add("--seed", type=seed, default=0, help="of the image's noise (default 0)")
     add("--arithmetic", default="exact", choices=("exact", "like-forge"), help="how weights are rounded")
     add("--device", default="auto", help=DEVICES)
     add("--port", type=port, default=7861, help="of the page (default 7861)")
@@ -200,6 +200,13 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
     return int(text)
+
+
+def seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is no seed: they go from 0 to 2**63 - 1")
+    return number
 
 
 def port(text: str) -> int:

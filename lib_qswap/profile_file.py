@@ -12,6 +12,9 @@ from lib_qswap.swap.step_model import LayerCost
 WRITTEN = '{"link_bytes_per_s": ..., "layers": [{"name": ..., "bytes": ..., "compute_s": ...}, ...]}'
 """A layer may have `read_s`, too: see `LayerCost`."""
 
+MOST = 1e18
+"""Of bytes and of seconds: sums of larger numbers are none."""
+
 
 def read_profile(path: Path) -> tuple[list[LayerCost], float]:
     """The layers in execution order, and the link's bytes per second.
@@ -30,8 +33,8 @@ def read_profile(path: Path) -> tuple[list[LayerCost], float]:
     if not isinstance(profile, dict) or not isinstance(profile.get("layers"), list):
         raise ValueError(f"a profile is {WRITTEN}, or what /qswap/v1/residency answers")
     link_bytes_per_s = _number(profile.get("link_bytes_per_s"), "link_bytes_per_s")
-    if not link_bytes_per_s:
-        raise ValueError("link_bytes_per_s must not be 0")
+    if link_bytes_per_s < 1:
+        raise ValueError("link_bytes_per_s must be 1 or more")
     return [_layer(layer, index) for index, layer in enumerate(profile["layers"])], link_bytes_per_s
 
 
@@ -39,10 +42,11 @@ def _of_snapshot(models: list[Any]) -> dict[str, Any]:
     """The profile of the last model that has run, of a snapshot (ledger.py)."""
     managed = [model for model in models if isinstance(model, dict) and model.get("layers")]
     for model in reversed(managed):
-        link_bytes_per_s = (model.get("step") or {}).get("link_bytes_per_s")
-        layers = [layer for layer in model["layers"] if isinstance(layer, dict)]
+        step, layers = model.get("step"), model["layers"]
+        link_bytes_per_s = step.get("link_bytes_per_s") if isinstance(step, dict) else None
+        layers = [layer for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
         times_us = [layer.get("compute_us") for layer in layers]
-        if link_bytes_per_s and None not in times_us:
+        if link_bytes_per_s and layers and None not in times_us:
             return {
                 "link_bytes_per_s": link_bytes_per_s,
                 "layers": [
@@ -77,6 +81,6 @@ def _seconds_read(layer: dict[str, Any], index: int) -> float | None:
 
 
 def _number(value: Any, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise ValueError(f"{field} must be a number and not negative, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST:
+        raise ValueError(f"{field} must be a number from 0 to {MOST:g}, not {str(value)[:20]}")
     return value

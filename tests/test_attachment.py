@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -322,3 +324,97 @@ def test_a_file_that_changed_is_noticed_only_where_weights_are_read_from_it(sim,
     with attached(model, device=GPU, location="shared", budget_bytes=0, **F32) as attachment:
         path.unlink()
         attachment.check_files()
+
+
+# -- What a user may do wrong, or leave undone ---------------------------------------------------------------
+
+
+def test_parameters_without_values_are_refused_by_name():
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 256))
+    state = {"0.weight": torch.ones(256, 256), "0.bias": torch.ones(256)}
+    model.load_state_dict(state, strict=False, assign=True)
+    with pytest.raises(ValueError, match=r"parameter 1\.weight is on meta: it has no values"):
+        attach(model, device=GPU)
+    norm = torch.nn.BatchNorm1d(8)
+    norm.running_mean = torch.empty(8, device="meta")
+    with pytest.raises(ValueError, match="buffer running_mean is on meta"):
+        attach(norm, device=GPU)
+
+
+def test_parameters_on_a_device_are_refused_by_name(sim):
+    with pytest.raises(ValueError, match=r"parameter weight is on simgpu.*move the module there first"):
+        attach(torch.nn.Linear(8, 8).to(GPU), device=GPU)
+
+
+def test_a_module_that_is_attached_already_is_refused(sim):
+    model = sm.build()
+    with attached(model, device=GPU, **F32):
+        for again in (model, model.blocks, torch.nn.Sequential(model)):
+            with pytest.raises(ValueError, match="is attached already: detach it first"):
+                attach(again, device=GPU)
+        sm.run(model, GPU)
+    with attached(model, device=GPU, **F32):
+        sm.run(model, GPU)
+
+
+def test_arguments_that_cannot_be_are_refused(sim):
+    for device in ("meta", "nonsense"):
+        with pytest.raises(ValueError, match=f"device is '{device}'"):
+            attach(sm.build(), device=device)
+    with pytest.raises(TypeError, match="module is NoneType"):
+        attach(None, device=GPU)
+    with pytest.raises(ValueError, match="floating-point"):
+        attach(sm.build(), device=GPU, compute_dtype=torch.int8)
+    attachment = attach(sm.build(), device=GPU, **F32)
+    with pytest.raises(ValueError, match="budget_bytes is -5"):
+        attachment.rebalance(-5)
+    with pytest.raises(TypeError, match=r"budget_bytes is 1\.5"):
+        attachment.rebalance(1.5)
+    attachment.detach()
+    with pytest.raises(RuntimeError, match="is detached"):
+        attachment.rebalance(0)
+
+
+def test_buffers_that_forwards_change_outlive_unloading(sim):
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.BatchNorm1d(256))
+    with attached(model, device=GPU, location="shared") as attachment:
+        for count in range(1, 4):
+            model(torch.randn(4, 256).to(GPU))
+            assert model[1].num_batches_tracked.item() == count
+            mean = model[1].running_mean.cpu()
+            attachment.unload()
+            assert model[1].num_batches_tracked.item() == count
+            attachment.rebalance()
+    assert model[1].num_batches_tracked.item() == 3
+    assert model[1].num_batches_tracked.device.type == "cpu"
+    assert torch.equal(model[1].running_mean, mean)
+
+
+def test_what_was_trainable_is_so_again(sim):
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 256))
+    model[0].weight.requires_grad_(False)
+    attach(model, device=GPU).detach()
+    assert [parameter.requires_grad for parameter in model.parameters()] == [False, True, True, True]
+
+
+SCRIPT = """
+import torch
+from lib_qswap import attach
+
+model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(8)))
+attach(model, device="cpu", location="cpu", budget_bytes=0)
+for _ in range(3):
+    model(torch.randn(1, 512))
+if {raises}:
+    raise SystemExit("as it is")
+"""
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_process_ends_well_without_detaching(raises):
+    for _ in range(3):
+        ended = subprocess.run(
+            [sys.executable, "-c", SCRIPT.format(raises=raises)], capture_output=True, text=True, timeout=120
+        )
+        assert ended.returncode == int(raises), ended.stderr

@@ -337,8 +337,14 @@ def test_plan_reads_what_the_page_answers_about_a_model_that_has_run(tmp_path, c
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"link_bytes_per_s": 0}, "link_bytes_per_s must not be 0"),
+        ({"link_bytes_per_s": 0}, "link_bytes_per_s must be 1 or more"),
+        ({"link_bytes_per_s": 5e-324}, "link_bytes_per_s must be 1 or more"),
         ({"link_bytes_per_s": "fast"}, "link_bytes_per_s must be a number"),
+        (
+            {"layers": [{"name": "a", "bytes": 1e308, "compute_s": 1}]},
+            "layers[0].bytes must be a number",
+        ),
+        ({"layers": [{"name": "a", "bytes": 1, "compute_s": 1e308}]}, "layers[0].compute_s must be a number"),
         ({"link_bytes_per_s": float("nan")}, "link_bytes_per_s must be a number"),
         ({"layers": {}}, "a profile is"),
         ({"layers": [3]}, "layers[0]"),
@@ -561,3 +567,31 @@ def test_bench_calls_ggmls_function_for_every_row(small_weight, tmp_path):
     assert torch.equal(run("Q4_K")(), torch.ones(64, 256))
     with pytest.raises(ValueError, match="computes on the CPU"):
         bench_dequant.find_peers(None, library, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--size", "32768"], "size must be 16384 pixels or less"),
+        (["--seed", "18446744073709551616"], "is no seed"),
+        (["--seed", "-1"], "is no seed"),
+        (["--budget", "9" * 400], "more than any device has"),
+        (["--budget", "9" * 400 + "%"], "more than any device has"),
+    ],
+)
+def test_numbers_that_are_too_large_are_refused_in_a_line(arguments, complaint, tiny, capsys):
+    code, out, err = qswap(capsys, "run", str(tiny), "--headless", "--device", "cpu", *arguments)
+    assert (code, out) == (2, "")
+    assert complaint in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "models", [[{"step": 5, "layers": [{}]}], [{"step": [1], "layers": [1]}], [{"layers": 5}]]
+)
+def test_a_page_that_answered_something_else_is_no_profile(models, tmp_path, capsys):
+    path = tmp_path / "residency.json"
+    path.write_text(json.dumps({"models": models}))
+    code, _, err = qswap(capsys, "plan", "--profile", path, "--budget", "50%")
+    assert code == 2
+    assert "no model in it has been measured yet" in err

@@ -537,6 +537,10 @@ def test_a_model_on_a_device_that_qswap_cannot_serve_is_loaded_by_forge(small_gp
         "computed on the CPU" if device == "cpu" else "PyTorch gives no control over the memory of vulkan"
     )
     assert reason.startswith(expected)
+    memory._model_unload(lambda *arguments: None, SimpleNamespace(model=patcher), False)
+    assert not any("reason" in entry for entry in ledger.snapshot()["models"]), (
+        "it is said of none that is gone"
+    )
 
 
 def test_why_a_gpu_unpacks_slowly_is_said_once(small_gpu, monkeypatch):

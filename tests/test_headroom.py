@@ -301,6 +301,39 @@ def test_a_forward_that_is_done_again_has_the_arguments_of_the_first_time(sim, h
     assert used == ["tile"] * 3
 
 
+class _Cache:
+    """Of keys and values, as transformers has one: a forward adds to it."""
+
+    def __init__(self):
+        self.tokens = 0
+
+
+@pytest.mark.parametrize("kept_in", ["argument", "buffer"])
+def test_a_forward_with_a_state_of_its_own_is_not_done_again(kept_in, sim, hungry):
+    layers = hungry.layers
+
+    class Counting(Hungry):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.layers = layers
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x, rows, cache):
+            if cache is None:
+                self.count += 1
+            else:
+                cache.tokens += 1
+            return super().forward(x, rows)
+
+    model, cache = Counting(), _Cache() if kept_in == "argument" else None
+    x = torch.linspace(-1, 1, 2048, dtype=torch.float16, device="cpu").to(GPU).view(1, -1)
+    with attached(model, device=GPU, location="shared", budget_bytes=300 * MB) as attachment:
+        with torch.inference_mode(), pytest.raises(torch.cuda.OutOfMemoryError):
+            model(x, torch.empty(400, 0, device=GPU), cache)
+        assert attachment.resident_bytes == COUNT * LAYER_BYTES
+    assert (model.count.item() if cache is None else cache.tokens) == 1
+
+
 def test_what_was_given_on_top_stays_on_top_where_it_cannot_be_had(sim, hungry, expected, monkeypatch):
     attachment = attach(hungry, device=GPU, location="shared", budget_bytes=120 * MB)
     attachment.rebalance(120 * MB, spare_bytes=400 * MB)

@@ -275,3 +275,7 @@ def test_a_model_that_is_left_to_the_host_is_in_the_snapshot_with_the_reason():
     finally:
         ledger.note_unmanaged("VAE", None)
     assert ledger.snapshot()["models"] == []
+    for name in ("VAE", "ControlNet"):
+        ledger.note_unmanaged(name, "it fits")
+    ledger.forget_unmanaged()
+    assert ledger.snapshot()["models"] == []

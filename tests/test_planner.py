@@ -307,8 +307,8 @@ def test_a_budget_below_the_largest_layer_is_raised_to_it_with_a_message():
     layers = [*equal_layers(5), layer("giant", 400, 5)]
     plan = make_plan(layers, budget_bytes=100 * MB, link_bytes_per_s=1e9)
     assert (plan.budget_bytes, plan.ring_bytes, plan.resident) == (400 * MB, 400 * MB, ())
-    assert "100 MB" in plan.message
-    assert "400 MB" in plan.message
+    assert "95 MB" in plan.message, "of 2**20 bytes, as in the settings"
+    assert "381 MB" in plan.message
 
 
 def test_a_ring_that_is_asked_for_is_kept_or_changed_with_a_message():
@@ -320,7 +320,9 @@ def test_a_ring_that_is_asked_for_is_kept_or_changed_with_a_message():
     assert "3 MB" in plan.message
     plan = make_plan(layers, budget_bytes=100 * MB, link_bytes_per_s=1e10, ring_bytes=300 * MB)
     assert plan.ring_bytes == 100 * MB
-    assert "300 MB" in plan.message
+    assert "286 MB" in plan.message
+    plan = make_plan(layers, budget_bytes=100 * MB, link_bytes_per_s=1e10, ring_bytes=100 * MB + 1000)
+    assert (plan.ring_bytes, plan.message) == (100 * MB, None), "the same in megabytes"
 
 
 def test_tiny_layers_are_resident_first():

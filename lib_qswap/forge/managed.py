@@ -292,6 +292,7 @@ def release_all() -> None:
     """Gives every model back, for switching off."""
     for model, attachment in list(_attachments.items()):
         release(attachment, model)
+    ledger.forget_unmanaged()
 
 
 def why_not_served(device: torch.device) -> str | None:

@@ -56,6 +56,7 @@ def _model_unload(original: Any, self: Any, avoid_model_moving: bool = False) ->
     attachment = managed.attachment_of(self.model.model)
     if attachment is None:
         original(self, avoid_model_moving)
+        ledger.note_unmanaged(type(self.model.model).__name__, None)
         return
     if not avoid_model_moving:
         attachment.unload()
@@ -363,17 +364,17 @@ def _balance(patcher: Any, loaded: Any, inference_bytes: float, keep: list[Any])
         raise
     except Exception as error:
         # Whatever it is: Forge's own way may still make the image. It raises again what is not QSwap's fault.
-        ledger.message(
-            f"{attachment.name}: {type(error).__name__}: {str(error).rstrip('.')}. Forge moves the layers of "
-            "this model itself until it is loaded again.",
-            "warning",
-        )
         managed.refuse(patcher.model)
         try:
             loaded.model_load(0)
         except Exception:
             managed.stop_refusing(patcher.model)
             raise
+        ledger.message(
+            f"{attachment.name}: {type(error).__name__}: {str(error).rstrip('.')}. Forge moves the layers of "
+            "this model itself until it is loaded again.",
+            "warning",
+        )
     mm.current_loaded_models.insert(0, loaded)
 
 

@@ -205,5 +205,6 @@ def _size(nbytes: int) -> str:
 def _count(number: int) -> str:
     for unit, scale in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if number >= scale:
-            return f"{number / scale:.2f} {unit}"
+            hundredths = (number * 100 + scale // 2) // scale  # A damaged file's may be beyond any float.
+            return f"{hundredths // 100}.{hundredths % 100:02} {unit}"
     return str(number)

@@ -107,7 +107,7 @@ def _diffusion_model(shapes: Mapping[str, Sequence[int]]) -> tuple[str, str] | N
             return what
     if "input_blocks.0.0.weight" not in names:
         return None
-    widths = (shape[-1] for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight"))
+    widths = (shape[-1] for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight") and shape)
     return _UNETS.get(next(widths, 0), _UNKNOWN_UNET)
 
 
@@ -117,7 +117,7 @@ def _text_encoders(shapes: Mapping[str, Sequence[int]]) -> Iterator[str]:
         if name.endswith(("embeddings.token_embedding.weight", "t.token_embd.weight")) or (
             name.endswith("token_embedding.weight") and "text_model" not in name
         ):
-            what = f"{_CLIPS.get(shape[-1], 'CLIP')} text encoder"
+            what = f"{_CLIPS.get(shape[-1] if shape else 0, 'CLIP')} text encoder"
         elif name.endswith(("enc.blk.0.attn_q.weight", "encoder.block.0.layer.0.SelfAttention.q.weight")):
             what = "T5 text encoder"
         else:

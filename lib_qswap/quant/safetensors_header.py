@@ -56,7 +56,7 @@ def read_header(file: MappedFile) -> tuple[dict[str, str], list[StoredTensor]]:
         metadata = header.pop(_METADATA_KEY, None) or {}
         tensors = [_tensor(name, entry, header, data_start) for name, entry in header.items()]
         metadata = {str(key): str(value) for key, value in metadata.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise damaged("its header is not what a safetensors file has") from error
     for tensor in tensors:
         if not data_start <= tensor.offset <= tensor.offset + tensor.nbytes <= file.size:

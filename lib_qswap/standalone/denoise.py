@@ -19,6 +19,7 @@ from lib_qswap.standalone.flux import FluxTransformer, rotary_rotation
 
 PATCH = 2
 PIXELS_PER_TOKEN = 8 * PATCH  # the VAE's factor times the patch
+MOST_PIXELS = 16384
 TEXT_TOKENS = 64
 GUIDANCE = 3.5
 PROMPT_SEED = 0
@@ -35,7 +36,9 @@ class Denoised(NamedTuple):
 
 
 def check_size(pixels: int) -> None:
-    """Raises ValueError for an image size that has no whole number of tokens."""
+    """Raises ValueError for an image size that has no whole number of tokens, or too many."""
+    if pixels > MOST_PIXELS:
+        raise ValueError(f"size must be {MOST_PIXELS} pixels or less, not {pixels}")
     if pixels < PIXELS_PER_TOKEN or pixels % PIXELS_PER_TOKEN:
         raise ValueError(f"size must be a multiple of {PIXELS_PER_TOKEN} pixels, not {pixels}")
 

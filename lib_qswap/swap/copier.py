@@ -9,8 +9,10 @@ asked for.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
@@ -66,6 +68,18 @@ Item: TypeAlias = "Transfer | Piece | threading.Event"
 """What the worker comes to, in the order in which it was asked for; an event says that it has."""
 
 
+_with_worker: weakref.WeakSet[Copier] = weakref.WeakSet()
+_END_S = 5.0
+
+
+@atexit.register
+def _end_workers() -> None:
+    """A thread that comes back from torch while the interpreter ends would end the process with an error."""
+    for copier in list(_with_worker):
+        copier._end_worker(_END_S)
+        copier.reader.close()
+
+
 class Copier:
     """Carries out transfers on one device, in the order in which they are submitted.
 
@@ -114,17 +128,22 @@ class Copier:
                 daemon=True,
             )
             self._thread.start()
+            _with_worker.add(self)
         else:
-            assert self._queue is not None
-            assert self._thread is not None
-            self._queue.put(None)
-            self._thread.join()
-            self._thread, self._queue = None, None
+            self._end_worker(None)
             self.reader.close()
             for _, free in self._staging:
                 free.synchronize()
             self._staging, self._staging_memory, self._staging_block = [], None, None
             self.staging_locked_bytes = 0
+
+    def _end_worker(self, timeout_s: float | None) -> None:
+        assert self._queue is not None
+        assert self._thread is not None
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+        self._thread, self._queue = None, None
+        _with_worker.discard(self)
 
     def _staging_buffer_bytes(self) -> int:
         """As large as the page-lock budget allows."""

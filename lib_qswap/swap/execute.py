@@ -155,9 +155,12 @@ def gather_rows(
     prompt needs 256. `arithmetic` and `computation_dtype` are `unpack`'s.
 
     Raises:
+        IndexError: there is no such row.
         OSError, GGUFError: the file of the master can no longer be read.
     """
     wanted = indices.reshape(-1).cpu()
+    if wanted.numel() and int(wanted.min()) < 0:
+        raise IndexError("index out of range in self")  # as torch.nn.Embedding says it
     if isinstance(weight, PackedTensor):
         packed = _packed_rows(weight, wanted)
         rows = PackedTensor(packed, weight.format, torch.Size((wanted.numel(), weight.shape[1])), dtype=dtype)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+from torch.nn.modules.batchnorm import _NormBase
 
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.swap.execute import can_gather
@@ -24,11 +25,25 @@ GATHERED_FROM_BYTES = 16 << 20
 class Fixed:
     """A parameter or buffer that is on the device as long as its model is active."""
 
-    __slots__ = ("is_buffer", "master", "module", "name")
+    __slots__ = ("_bound", "is_buffer", "master", "module", "name")
 
     def __init__(self, module: torch.nn.Module, name: str, master: torch.Tensor, is_buffer: bool) -> None:
         self.module = weakref.ref(module)
         self.name, self.master, self.is_buffer = name, master, is_buffer
+        self._bound: tuple[torch.Tensor, int | None] | None = None
+
+    def adopt_change(self) -> None:
+        """Takes a buffer that a forward has changed or replaced for the master: the count of a batch
+        normalization, say."""
+        module, bound, self._bound = self.module(), self._bound, None
+        now = None if module is None or bound is None else module._buffers.get(self.name)
+        if now is None or bound is None:
+            return
+        # A batch normalization that trains changes its statistics without counting.
+        trains = isinstance(module, _NormBase) and module.training
+        if now is not bound[0] or _version(now) != bound[1] or trains:
+            with torch.inference_mode(False), torch.no_grad():
+                self.master = now.detach().to("cpu", copy=True)
 
     def bind(self, tensor: torch.Tensor) -> None:
         module = self.module()
@@ -36,6 +51,7 @@ class Fixed:
             module._parameters[self.name] = tensor
         elif module is not None:
             module._buffers[self.name] = tensor
+            self._bound = None if tensor is self.master else (tensor, _version(tensor))
 
 
 class Inventory:
@@ -125,6 +141,9 @@ class Inventory:
         self._bind_fixed(moved)
 
     def bind_fixed_to_masters(self) -> None:
+        for fixed in self.fixed:
+            if fixed.is_buffer:
+                fixed.adopt_change()
         self._bind_fixed({id(fixed.master): fixed.master for fixed in self.fixed})
 
     def _bind_fixed(self, tensors: dict[int, torch.Tensor]) -> None:
@@ -147,6 +166,11 @@ class Inventory:
             now = module._parameters.get(fixed.name) if module is not None and not fixed.is_buffer else None
             if now is not None:
                 fixed.master = masters.setdefault(id(now), now.detach())
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """It counts the changes; inference tensors have none."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _own(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

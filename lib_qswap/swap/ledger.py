@@ -77,6 +77,12 @@ def note_unmanaged(name: str, reason: str | None) -> None:
             _notes[name] = {"name": name, "managed": False, "active": True, "reason": reason, "layers": []}
 
 
+def forget_unmanaged() -> None:
+    """No model is left to the host any more."""
+    with _lock:
+        _notes.clear()
+
+
 def attachments() -> list[Attachment]:
     """All attachments of this process, oldest first."""
     found = (reference() for reference in list(_attachments.values()))

@@ -34,7 +34,7 @@ from lib_qswap.swap.idle_layers import IdleLayers
 from lib_qswap.swap.inventory import Inventory
 from lib_qswap.swap.layer import Layer
 from lib_qswap.swap.lease import AnyLease
-from lib_qswap.swap.module_hooks import ModuleHooks
+from lib_qswap.swap.module_hooks import ModuleHooks, is_attached
 from lib_qswap.swap.planner import Plan
 from lib_qswap.swap.plans import Plans
 from lib_qswap.swap.profile import Work
@@ -114,6 +114,12 @@ class Attachment:
         self.modules = ModuleHooks(self)
         ledger.register(self)
         # The attachment holds its modules weakly, and lives as long as its model does.
+        self._trainable = [
+            (weakref.ref(one), key)
+            for one in module.modules()
+            for key, parameter in one._parameters.items()
+            if parameter is not None and parameter.requires_grad
+        ]
         self._finalizer = weakref.finalize(module, _module_gone, self)
         self._finalizer.atexit = False
 
@@ -234,8 +240,14 @@ class Attachment:
         budget gets less, each with a message.
 
         Raises:
+            TypeError, ValueError: a number of bytes is none, or below zero.
+            RuntimeError: it is detached.
             torch.OutOfMemoryError: the device has no room even for the floor; nothing is left on it.
         """
+        _check_bytes("budget_bytes", budget_bytes)
+        _check_bytes("spare_bytes", spare_bytes)
+        if not self._finalizer.alive:
+            raise RuntimeError(f"{self.name} is detached: attach it again")
         with self.state.turn.held():
             self.state.enter()
             if budget_bytes is None:
@@ -542,6 +554,11 @@ class Attachment:
             self.release()
             self._bind_masters(leave_arenas(self.layers))
             self.modules.remove()
+            for reference, key in self._trainable:
+                module = reference()
+                parameter = None if module is None else module._parameters.get(key)
+                if parameter is not None:
+                    parameter.requires_grad_(True)
             self._finalizer.detach()
 
     # -------------------------------------------------------------------------------------------------- steps
@@ -636,9 +653,14 @@ def attach(
         compute_dtype: what layers compute in, for sizing the scratch and for "like Forge". None: what
             they are given.
 
+    While it is attached, its weights are not to be written, moved or replaced (`to`, `load_state_dict`, an
+    optimizer): what computes are copies of them. Buffers may change.
+
     Raises:
-        TypeError: `compute_dtype` is no torch.dtype, or a number of bytes is none.
-        ValueError: an unknown location, arithmetic or device; a number of bytes below zero.
+        TypeError: `module` is none, `compute_dtype` is no torch.dtype, or a number of bytes is none.
+        ValueError: an unknown location, arithmetic or device; a number of bytes below zero; parameters that
+            are on a device, or on "meta", where they have no values; a module that is attached already, or a
+            part of which is.
         torch.OutOfMemoryError: the device has no room for fixed weights, scratch and the largest layer.
     """
     if location not in LOCATIONS:
@@ -647,15 +669,15 @@ def attach(
         raise ValueError(f"arithmetic is {arithmetic!r}; choose one of {', '.join(get_args(Arithmetic))}")
     if not isinstance(compute_dtype, torch.dtype | None):
         raise TypeError(f"compute_dtype is {compute_dtype!r}; give a torch.dtype, such as torch.bfloat16")
-    numbers = {"budget_bytes": budget_bytes, "pin_budget_bytes": pin_budget_bytes, "ring_bytes": ring_bytes}
-    for argument, nbytes in numbers.items():
-        if not isinstance(nbytes, Integral | None):
-            raise TypeError(f"{argument} is {nbytes!r}; give a number of bytes")
-        if nbytes is not None and nbytes < 0:
-            raise ValueError(f"{argument} is {nbytes}; give a number of bytes, or 0")
+    if compute_dtype is not None and not compute_dtype.is_floating_point:
+        raise ValueError(f"compute_dtype is {compute_dtype}; give one of floating-point numbers")
+    _check_bytes("budget_bytes", budget_bytes)
+    _check_bytes("pin_budget_bytes", pin_budget_bytes)
+    _check_bytes("ring_bytes", ring_bytes)
+    _check_module(module)
     attachment = Attachment(
         module,
-        device_of(device),
+        _usable(device),
         name=name or type(module).__name__,
         location=location,
         pin_budget_bytes=pin_budget_bytes,
@@ -674,6 +696,43 @@ def attach(
         attachment.detach()
         raise
     return attachment
+
+
+def _check_bytes(argument: str, nbytes: object) -> None:
+    if not isinstance(nbytes, Integral | None):
+        raise TypeError(f"{argument} is {nbytes!r}; give a number of bytes")
+    if nbytes is not None and nbytes < 0:
+        raise ValueError(f"{argument} is {nbytes}; give a number of bytes, or 0")
+
+
+def _check_module(module: object) -> None:
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module is {type(module).__name__}; give a torch.nn.Module")
+    for one in module.modules():
+        if is_attached(one):
+            raise ValueError(f"{type(one).__name__} is attached already: detach it first")
+    for kind, tensors in (("parameter", module.named_parameters()), ("buffer", module.named_buffers())):
+        for name, tensor in tensors:
+            if tensor.device.type == "meta":
+                raise ValueError(f"{kind} {name} is on meta: it has no values, load them first")
+            if kind == "parameter" and tensor.device.type != "cpu":
+                raise ValueError(
+                    f"{kind} {name} is on {tensor.device}: weights are swapped from RAM, so move the module "
+                    "there first, with to('cpu')"
+                )
+
+
+def _usable(device: torch.device | str) -> Device:
+    """
+    Raises:
+        ValueError: there is none, or it cannot compute.
+    """
+    try:
+        if torch.device(device).type == "meta":
+            raise ValueError("it has no values")
+        return device_of(device)
+    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"device is {str(device)!r}: {str(error).partition(chr(10))[0]}") from None
 
 
 @contextlib.contextmanager

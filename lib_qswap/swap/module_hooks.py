@@ -114,6 +114,13 @@ class ModuleHooks:
         self._retrying.clear()
 
 
+def is_attached(module: torch.nn.Module) -> bool:
+    """Whether a forward of an attachment is in place of its own."""
+    return isinstance(
+        module.__dict__.get("forward"), RetryingForward | Forward | GatheredForward | KeptForward
+    )
+
+
 def _put(module: torch.nn.Module, forward: Any) -> None:
     """Gives `module` a forward of its own, or, with None, its class's."""
     if forward is None:

@@ -71,8 +71,8 @@ def make_plan(
     messages = []
     if budget_bytes < largest and budget_bytes < sum(streaming.nbytes):
         messages.append(
-            f"The GPU budget of {budget_bytes / 1e6:.0f} MB is smaller than the largest layer: "
-            f"{largest / 1e6:.0f} MB are used, the least that works."
+            f"The GPU budget of {budget_bytes / (1 << 20):.0f} MB is smaller than the largest layer: "
+            f"{largest / (1 << 20):.0f} MB are used, the least that works."
         )
         budget_bytes = largest
     if sum(streaming.nbytes) <= budget_bytes:
@@ -80,10 +80,12 @@ def make_plan(
     else:
         if ring_bytes is not None and not largest <= ring_bytes <= budget_bytes:
             allowed = min(max(ring_bytes, largest), budget_bytes)
-            messages.append(
-                f"A ring of {ring_bytes / 1e6:.0f} MB does not work here: {allowed / 1e6:.0f} MB are used "
-                f"(at least the largest layer, at most the budget)."
-            )
+            asked, used = (f"{nbytes / (1 << 20):.0f} MB" for nbytes in (ring_bytes, allowed))
+            if asked != used:
+                messages.append(
+                    f"A ring of {asked} does not work here: {used} are used "
+                    "(at least the largest layer, at most the budget)."
+                )
             ring_bytes = allowed
         best = PlanSearch(streaming, budget_bytes, ring_bytes).best(SEARCH_EFFORT)
         swapped, ring = best.swapped, best.ring_bytes

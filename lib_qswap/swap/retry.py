@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import enum
+import numbers
 import weakref
 from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -12,7 +15,8 @@ import torch
 class RetryingForward:
     """The forward of a model's root in place of its own: out of memory, it lets `relieve` make room and
     begins anew, with the arguments as they were, until there is nothing left to give. What it raises,
-    `abandon` is told of."""
+    `abandon` is told of. Where an argument or a buffer may have changed for good (a cache of keys and
+    values), a second run would compute something else: there is none."""
 
     def __init__(
         self,
@@ -23,19 +27,22 @@ class RetryingForward:
         self._root = weakref.ref(root)
         self._own: Callable[..., Any] | None = root.__dict__.get("forward")
         self._relieve, self._abandon = relieve, abandon
+        self._with_buffers = [weakref.ref(module) for module in root.modules() if module._buffers]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         root = self._root()
         if root is None:
             raise ReferenceError("the model is gone")
         contents = list(_contents((args, kwargs)))
+        buffers = self._versions()
         while True:
             try:
                 if self._own is not None:
                     return self._own(*args, **kwargs)
                 return type(root).forward(root, *args, **kwargs)
             except torch.cuda.OutOfMemoryError:  # the name that torch 2.3 has as well, for every device
-                if torch.is_grad_enabled() or not self._relieve(root):
+                again = _can_be_restored(args, kwargs) and buffers == self._versions()
+                if torch.is_grad_enabled() or not again or not self._relieve(root):
                     self._abandon(root)
                     raise
             except BaseException:
@@ -44,6 +51,12 @@ class RetryingForward:
             # Only here has the traceback let go of the tensors of the forward that failed.
             for container, content in contents:
                 _restore(container, content)
+
+    def _versions(self) -> list[tuple[int, int | None]]:
+        """Of the buffers, by which a change of one is seen; inference tensors count no changes."""
+        modules = [module for reference in self._with_buffers if (module := reference()) is not None]
+        buffers = [one for module in modules for one in module._buffers.values() if one is not None]
+        return [(id(one), None if one.is_inference() else one._version) for one in buffers]
 
     def put_in_place(self) -> None:
         root = self._root()
@@ -58,6 +71,18 @@ class RetryingForward:
                 del root.__dict__["forward"]
             else:
                 root.__dict__["forward"] = self._own
+
+
+_WITHOUT_STATE = (
+    dict, list, tuple, set, frozenset, str, bytes, type(None), numbers.Number, enum.Enum, FunctionType,
+    MethodType, torch.Tensor, torch.dtype, torch.device, torch.Generator, torch.nn.Module,
+)  # fmt: skip
+
+
+def _can_be_restored(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether none of the arguments is an object with a state of its own. What containers hold belongs to
+    hosts that repeat steps themselves."""
+    return all(isinstance(value, _WITHOUT_STATE) for value in (*args, *kwargs.values()))
 
 
 def _contents(value: Any) -> Iterator[tuple[Any, Any]]:
