@@ -146,3 +146,35 @@ def test_layers_whose_parents_read_their_weights_stay_on_the_device(parent, sim)
         with attached(model, device=GPU, location="shared", budget_bytes=0, **F32) as attachment:
             assert [layer.name for layer in attachment.layers] == ["before"]
             assert torch.allclose(model(x.to(GPU)).cpu(), expected, atol=1e-5)
+
+
+class Scaled(torch.nn.Linear):
+    def forward(self, scale, x):
+        return super().forward(x) * scale
+
+
+class Int8(torch.nn.Linear):
+    """Weights that are whole numbers, which its own forward scales."""
+
+    def __init__(self, width):
+        super().__init__(width, width, bias=False, device="meta")
+        self.weight = torch.nn.Parameter(
+            torch.randint(-128, 128, (width, width), dtype=torch.int8), requires_grad=False
+        )
+
+    def forward(self, x):
+        assert self.weight.dtype == torch.int8
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) / 128)
+
+
+@pytest.mark.parametrize("budget_bytes", [0, 1 << 30])
+def test_layers_with_forwards_of_their_own_get_what_they_expect(budget_bytes, sim):
+    layers = torch.nn.ModuleList([Scaled(512, 512), Int8(512)])
+    layers.requires_grad_(False)
+    x = torch.randn(2, 512)
+    expected = [layers[0](2, x), layers[1](x)]
+    with attached(layers, device="simgpu", location="shared", budget_bytes=budget_bytes) as attachment:
+        assert len(attachment.layers) == 2
+        assert torch.equal(layers[0](2, x.to("simgpu")).cpu(), expected[0])
+        assert torch.equal(layers[0](scale=2, x=x.to("simgpu")).cpu(), expected[0])
+        assert torch.equal(layers[1](x.to("simgpu")).cpu(), expected[1])

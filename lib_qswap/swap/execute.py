@@ -182,6 +182,10 @@ def _packed_rows(weight: PackedTensor, wanted: torch.Tensor) -> torch.Tensor:
     return rows[places]
 
 
+_NONE = torch.empty(0, dtype=torch.uint8, device="cpu")
+"""In place of a tensor that a layer is not given."""
+
+
 class Forward:
     """The forward of a swapped module: its class's own, with the weights that are on the device right now."""
 
@@ -214,7 +218,9 @@ class Forward:
             return self._compute(module, args, kwargs)
 
     def _compute(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        inputs = args[0] if args else next(iter(kwargs.values()))
+        inputs = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(inputs, torch.Tensor):
+            inputs = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)), _NONE)
         lease = self._streamer.acquire(self._layer)
         try:
             if self._is_linear and inputs.is_floating_point():
@@ -241,8 +247,11 @@ class Forward:
         dtype = inputs.dtype if inputs.is_floating_point() else self._layer.parts[0].dtype
         scratch = None if goes_back(inputs) else self._scratch
         parts = {name: _cast(tensor, dtype) for name, tensor in lease.parts.items() if name != "weight"}
-        if "weight" in lease.parts:
-            parts["weight"] = weight = self._weight(lease.parts["weight"], dtype, scratch)
+        weight = lease.parts.get("weight")
+        if weight is not None and not weight.is_floating_point():  # Its module knows what they stand for.
+            parts["weight"] = weight
+        elif weight is not None:
+            parts["weight"] = weight = self._weight(weight, dtype, scratch)
             if parts.keys() <= {"weight", "bias"}:
                 bias = let_go(lease, weight, parts.get("bias"), scratch)
                 if bias is not None:
