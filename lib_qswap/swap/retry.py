@@ -51,6 +51,7 @@ class RetryingForward:
             # Only here has the traceback let go of the tensors of the forward that failed.
             for container, content in contents:
                 _restore(container, content)
+            buffers = self._versions()  # Making room may have put others in their place.
 
     def _versions(self) -> list[tuple[int, int | None]]:
         """Of the buffers, by which a change of one is seen; inference tensors count no changes."""
