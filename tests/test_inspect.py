@@ -124,9 +124,10 @@ GOOD = safetensors_bytes(NF4)
         safetensors_bytes({}, a={"dtype": "F32", "shape": None, "data_offsets": [0, 4]}),
         safetensors_bytes({}, a={"dtype": "F32", "shape": [1], "data_offsets": [-90, 4]}),
         safetensors_bytes({}, a={"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}),
+        safetensors_bytes({}, a={"dtype": "F32", "shape": [1], "data_offsets": [0, float("inf")]}),
         safetensors_bytes({}, a={"dtype": "F32", "shape": [1], "data_offsets": [0, 1 << 62]}),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_a_damaged_safetensors_file_is_refused_in_one_line(tmp_path, capsys, content):
     path = tmp_path / "model.safetensors"
@@ -172,3 +173,22 @@ def test_a_safetensors_file_with_an_unprintable_name_is_listed(tmp_path, capsys)
     assert cli.main(["inspect", os.fspath(path)]) == 0
     out, _ = capsys.readouterr()
     assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["token_embedding.weight"], ["x.attn2.to_k.weight", "input_blocks.0.0.weight"]],
+    ids=["clip", "unet"],
+)
+def test_a_scalar_in_the_place_of_a_weight_is_a_tensor_like_others(names, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes([Tensor(names[0], (), "F32"), *(Tensor(name) for name in names[1:])]))
+    assert "scalar" in format_report(inspect_file(path))
+
+
+def test_a_shape_beyond_all_numbers_is_said_all_the_same(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(
+        safetensors_bytes({}, a={"dtype": "F32", "shape": [10**200, 10**200], "data_offsets": [0, 0]})
+    )
+    assert "parameters" in format_report(inspect_file(path))
