@@ -51,7 +51,9 @@ def kept_table(maxsize: int) -> Callable[[Callable[..., Tensor]], Callable[..., 
 
     def decorate(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         kept = lru_cache(maxsize)(make)
-        return wraps(make)(lambda *args: make(*args) if is_tracing() else kept(*args))
+        call = wraps(make)(lambda *args: make(*args) if is_tracing() else kept(*args))
+        call.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
+        return call
 
     return decorate
 
