@@ -33,15 +33,15 @@ class Fixed:
         self._bound: tuple[torch.Tensor, int | None] | None = None
 
     def adopt_change(self) -> None:
-        """Takes a buffer that a forward has changed or replaced for the master: the count of a batch
-        normalization, say."""
+        """Takes a buffer on the device that a forward has changed or replaced for the master: the count of a
+        batch normalization, say."""
         module, bound, self._bound = self.module(), self._bound, None
         now = None if module is None or bound is None else module._buffers.get(self.name)
         if now is None or bound is None:
             return
         # A batch normalization that trains changes its statistics without counting.
         trains = isinstance(module, _NormBase) and module.training
-        if now is not bound[0] or _version(now) != bound[1] or trains:
+        if now is not bound[0] or version_of(now) != bound[1] or trains:
             with torch.inference_mode(False), torch.no_grad():
                 self.master = now.detach().to("cpu", copy=True)
 
@@ -51,7 +51,7 @@ class Fixed:
             module._parameters[self.name] = tensor
         elif module is not None:
             module._buffers[self.name] = tensor
-            self._bound = None if tensor is self.master else (tensor, _version(tensor))
+            self._bound = None if tensor is self.master else (tensor, version_of(tensor))
 
 
 class Inventory:
@@ -142,8 +142,7 @@ class Inventory:
 
     def bind_fixed_to_masters(self) -> None:
         for fixed in self.fixed:
-            if fixed.is_buffer:
-                fixed.adopt_change()
+            fixed.adopt_change()
         self._bind_fixed({id(fixed.master): fixed.master for fixed in self.fixed})
 
     def _bind_fixed(self, tensors: dict[int, torch.Tensor]) -> None:
@@ -168,7 +167,7 @@ class Inventory:
                 fixed.master = masters.setdefault(id(now), now.detach())
 
 
-def _version(tensor: torch.Tensor) -> int | None:
+def version_of(tensor: torch.Tensor) -> int | None:
     """It counts the changes; inference tensors have none."""
     return None if tensor.is_inference() else tensor._version
 

@@ -113,13 +113,13 @@ class Attachment:
         self.idle = IdleLayers(self, conditioning)
         self.modules = ModuleHooks(self)
         ledger.register(self)
-        # The attachment holds its modules weakly, and lives as long as its model does.
         self._trainable = [
             (weakref.ref(one), key)
             for one in module.modules()
             for key, parameter in one._parameters.items()
             if parameter is not None and parameter.requires_grad
         ]
+        # The attachment holds its modules weakly, and lives as long as its model does.
         self._finalizer = weakref.finalize(module, _module_gone, self)
         self._finalizer.atexit = False
 

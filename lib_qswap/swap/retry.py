@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from lib_qswap.swap.inventory import version_of
+
 
 class RetryingForward:
     """The forward of a model's root in place of its own: out of memory, it lets `relieve` make room and
@@ -54,10 +56,10 @@ class RetryingForward:
             buffers = self._versions()  # Making room may have put others in their place.
 
     def _versions(self) -> list[tuple[int, int | None]]:
-        """Of the buffers, by which a change of one is seen; inference tensors count no changes."""
+        """Of the buffers, by which a change of one is seen."""
         modules = [module for reference in self._with_buffers if (module := reference()) is not None]
         buffers = [one for module in modules for one in module._buffers.values() if one is not None]
-        return [(id(one), None if one.is_inference() else one._version) for one in buffers]
+        return [(id(one), version_of(one)) for one in buffers]
 
     def put_in_place(self) -> None:
         root = self._root()
