@@ -16,6 +16,7 @@ from lib_qswap.quant.formats import FORMATS
 from lib_qswap.quant.packed import PackedTensor
 from lib_qswap.standalone.demo_file import quantized_weight
 from lib_qswap.swap.device import Device, device_of
+from lib_qswap.swap.device_state import state_of
 from lib_qswap.swap.execute import Scratch
 from lib_qswap.swap.manager import attach
 
@@ -37,8 +38,9 @@ Row = dict[str, Any]
 def host_times(device: torch.device, small: bool) -> Row:
     """Seconds of the host for each layer: plain, with packed weights that are on the device and unpacked by
     the same kernels; the same layers under QSwap, resident and swapped from page-locked memory, each in a
-    copy of its own (`swapped_s`) and several in one (`together_s`). `until_done_s`: for each layer of a step
-    with swapped ones, until the device has done it too."""
+    copy of its own (`swapped_s`) and several in one (`together_s`), and both once more where torch issues
+    copies that QSwap would issue by itself (`by_torch_swapped_s`, `by_torch_together_s`). `until_done_s`: for
+    each layer of a step with swapped ones, until the device has done it too."""
     layers, rounds = (SMALL_LAYERS, SMALL_ROUNDS) if small else (LAYERS, ROUNDS)
     dtype = torch.bfloat16
     format = FORMATS["Q8_0"]
@@ -52,27 +54,32 @@ def host_times(device: torch.device, small: bool) -> Row:
 
     linear = nn.Linear(WIDTH, WIDTH, bias=False, device="meta")
     linear.weight = nn.Parameter(packed, requires_grad=False)
-    for name, ring_layers in (("swapped", None), ("together", int(layers * TOGETHER_SHARE))):
-        model = nn.Sequential(*(copy.deepcopy(linear) for _ in range(layers)))
-        attachment = attach(
-            model,
-            device=device,
-            location="shared",
-            budget_bytes=1 << 40,
-            compute_dtype=dtype,
-            ring_bytes=ring_layers and ring_layers * packed.packed_nbytes,
-            name="host",
-        )
-        if name == "swapped":
-            times["resident_s"] = _seconds(driver, model, x, rounds)[0] / layers
-        beside = attachment.fixed_bytes + attachment.scratch_bytes
-        attachment.rebalance(beside + (ring_layers or RING_LAYERS) * packed.packed_nbytes)
-        taken_s, done_s = _seconds(driver, model, x, rounds)
-        swapped = sum(layer.resident is None for layer in attachment.layers)
-        times[f"{name}_layers"] = swapped
-        times[f"{name}_s"] = (taken_s - (layers - swapped) * times["resident_s"]) / swapped
-        times.setdefault("until_done_s", done_s / layers)
-        attachment.detach()
+    copier = state_of(driver).copier
+    direct = copier.direct
+    for way in ("", "by_torch_") if direct is not None else ("",):
+        copier.direct = None if way else direct
+        for name, ring_layers in (("swapped", None), ("together", int(layers * TOGETHER_SHARE))):
+            model = nn.Sequential(*(copy.deepcopy(linear) for _ in range(layers)))
+            attachment = attach(
+                model,
+                device=device,
+                location="shared",
+                budget_bytes=1 << 40,
+                compute_dtype=dtype,
+                ring_bytes=ring_layers and ring_layers * packed.packed_nbytes,
+                name="host",
+            )
+            if "resident_s" not in times:
+                times["resident_s"] = _seconds(driver, model, x, rounds)[0] / layers
+            beside = attachment.fixed_bytes + attachment.scratch_bytes
+            attachment.rebalance(beside + (ring_layers or RING_LAYERS) * packed.packed_nbytes)
+            taken_s, done_s = _seconds(driver, model, x, rounds)
+            swapped = sum(layer.resident is None for layer in attachment.layers)
+            times[f"{way}{name}_layers"] = swapped
+            times[f"{way}{name}_s"] = (taken_s - (layers - swapped) * times["resident_s"]) / swapped
+            times.setdefault("until_done_s", done_s / layers)
+            attachment.detach()
+    copier.direct = direct
     # What is measured first in a process can come out half as large again.
     times["plain_s"] = min(times["plain_s"], _seconds(driver, plain, x, rounds)[0] / layers)
     return times

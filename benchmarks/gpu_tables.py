@@ -128,6 +128,9 @@ def _engine(suite: Row) -> list[str]:
         together = ""
         if "together_s" in host:
             together = f", {host['together_s'] * 1e6:.1f} µs where several come in one copy"
+        if "by_torch_swapped_s" in host:
+            by_torch = (host[f"by_torch_{kind}_s"] * 1e6 for kind in ("swapped", "together"))
+            together += " ({:.1f} and {:.1f} µs where torch issues the copies)".format(*by_torch)
         lines.append(
             f"The host issues a layer in {plain:.1f} µs where nothing swaps, {resident:.1f} µs resident, "
             f"{swapped:.1f} µs swapped{together}."

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lib_qswap.swap.device import Device
+from lib_qswap.swap.direct_copy import DirectCopy
 
 BUFFER_BYTES = 32 << 20
 
@@ -35,6 +36,7 @@ class Throttle:
         # As the class has them: an instance's `copy_` would be bound.
         self._copy: Callable[..., Tensor] = torch.Tensor.copy_
         self._to: Callable[..., Tensor] = torch.Tensor.to
+        self._direct = DirectCopy.__call__
 
     def __enter__(self) -> Throttle:
         throttle, copy, to = self, self._copy, self._to
@@ -53,10 +55,12 @@ class Throttle:
             return result
 
         torch.Tensor.copy_, torch.Tensor.to = copy_, to_
+        DirectCopy.__call__ = lambda *_: False
         return self
 
     def __exit__(self, *_: object) -> None:
         del torch.Tensor.copy_, torch.Tensor.to  # Its base class has them.
+        DirectCopy.__call__ = self._direct
 
     def _after(self, source: Tensor, copied: Tensor, non_blocking: bool) -> None:
         """Lets the bytes that a copy still owes cross the link. Its caller waits for them where it would have

@@ -166,6 +166,19 @@ def test_steps_on_changing_streams_give_the_same_and_leave_the_current_one_as_it
         assert all(torch.equal(a.cpu(), b) for a, b in zip(results, expected, strict=True))
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs CUDA's runtime")
+def test_page_locked_memory_is_copied_without_torch():
+    copier = state_of(device_of(DEVICE)).copier
+    source = torch.arange(1 << 20, dtype=torch.int32).pin_memory()
+    target = torch.zeros(1 << 20, dtype=torch.int32, device=DEVICE)
+    torch.cuda.synchronize()
+    assert copier.direct is not None
+    assert copier.direct(target[1:], source[1:], 400)
+    copier.stream.synchronize()
+    assert torch.equal(target[:101].cpu(), source[:101])
+    assert not target[101:].any()
+
+
 def test_work_goes_on_after_page_locking_was_refused():
     device = device_of(DEVICE)
     buffer = torch.zeros(8 << 20, dtype=torch.uint8)

@@ -85,12 +85,14 @@ class Copier:
 
     Attributes:
         reader: of the worker thread.
+        direct: how page-locked memory is copied without torch, if it can be.
     """
 
     def __init__(self, device: Device, pin_budget: PinBudget) -> None:
         self._device = device
         self._pin_budget = pin_budget
         self.stream = device.new_stream()
+        self.direct = device.direct_copy(self.stream)
         self.h2d_bytes = 0
         self.staging_locked_bytes = 0
         self.reader = Reader()
@@ -217,7 +219,9 @@ class Copier:
         try:
             self._begin(transfer)
             if not transfer.cancelled and transfer.error is None:
-                if self.staged:  # On the worker, whose stream it is.
+                if self._copied_directly(transfer, transfer.layer.payload_bytes):
+                    pass
+                elif self.staged:  # On the worker, whose stream it is.
                     self._copy(transfer)
                 else:
                     self._device.issue_on(self.stream, self._copy, transfer)
@@ -236,7 +240,8 @@ class Copier:
             self._begin(leader)
             if leader.error is None:
                 nbytes = sum(one.layer.payload_bytes for one in (leader, *followers))
-                self._device.issue_on(self.stream, _copy_locked, (leader, nbytes))
+                if not self._copied_directly(leader, nbytes):
+                    self._device.issue_on(self.stream, _copy_locked, (leader, nbytes))
             leader.events.ready.record(self.stream)
         except BaseException as error:
             leader.error = error
@@ -258,6 +263,15 @@ class Copier:
             transfer.recorded = True
         except Exception as error:
             transfer.error = error
+
+    def _copied_directly(self, transfer: Transfer, nbytes: int) -> bool:
+        """Copies so many bytes, those of `transfer` and of what lies behind it, where torch is not needed for
+        it. Returns whether it did."""
+        home = transfer.layer.home
+        if self.direct is None or not home.page_locked:
+            return False
+        assert home.payload is not None
+        return self.direct(transfer.target, home.payload, nbytes)
 
     def _copy(self, transfer: Transfer) -> None:
         home, target = transfer.layer.home, transfer.target

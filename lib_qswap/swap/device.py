@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from lib_qswap.swap import direct_copy
+from lib_qswap.swap.direct_copy import DirectCopy
 from lib_qswap.swap.ram import available_ram_bytes, total_ram_bytes
 
 T = TypeVar("T")
@@ -120,6 +122,12 @@ class Device:
             work(argument)
         finally:
             self._module.set_stream(before)
+
+    def direct_copy(self, stream: Any) -> DirectCopy | None:
+        """How page-locked memory is copied to `stream` without torch, where that is possible."""
+        if stream is None or self.device.type != "cuda":
+            return None
+        return direct_copy.find(_cuda_runtimes(), stream, self.device, self._module)
 
     @property
     def has_clock(self) -> bool:

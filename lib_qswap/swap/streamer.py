@@ -294,6 +294,7 @@ class Streamer:
             self._leased[transfer] = None
             return transfer
         self.misses += 1
+        self._begin_uploads_before(layer)
         transfer = self._fetch(layer)
         while transfer is None and self._ahead:  # What is used last gives way.
             self._discard(self._ahead.pop())
@@ -314,7 +315,6 @@ class Streamer:
         return None
 
     def _fetch(self, layer: Layer) -> Transfer | None:
-        self._begin_uploads_before(layer)
         slot = self._ring.take(layer.payload_bytes)
         if slot is None:
             return None
@@ -400,14 +400,18 @@ class Streamer:
             if layer is None or layer.resident is not None:
                 self._begin_uploads_before(None)
                 return False
-            if self._waiting[0] is layer and self._ring.room_bytes < self._waiting[1]:
+            self._begin_uploads_before(layer)
+            room = self._ring.room_bytes
+            if room < layer.payload_bytes or (self._waiting[0] is layer and room < self._waiting[1]):
                 return True
-            together = self._together(layer, wrap)
-            if len(together) > 1:
-                if not self._fetch_together(together):
-                    self._waiting = layer, sum(one.payload_bytes for one in together)
-                    return True
-                continue
+            if layer.payload_bytes < self._small_bytes:
+                together = self._together(layer, wrap)
+                if len(together) > 1:
+                    nbytes = sum(one.payload_bytes for one in together)
+                    if room < nbytes or not self._fetch_together(together):
+                        self._waiting = layer, nbytes
+                        return True
+                    continue
             transfer = self._fetch(layer)
             if transfer is None:
                 return True
