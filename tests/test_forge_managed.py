@@ -670,3 +670,42 @@ def test_of_a_network_with_another_forward_nothing_is_kept(small_gpu):
     network = IntegratedFluxTransformer2DModel(small_gpu.operations)
     patcher = small_gpu.patcher_of(network, torch.float32, torch.device(GPU, 0))
     assert small_gpu.qswap("managed").attachment_for(patcher).idle.conditioning is None
+
+
+# --------------------------------------------------------------------------------------------------- LoRAs
+class Added:
+    """What the stand-in's LoRAs add, and where."""
+
+    def __init__(self):
+        self.devices = []
+
+    def __rmul__(self, strength):
+        self.strength = strength
+        return self
+
+    def __radd__(self, weight):
+        self.devices.append(weight.device.type)
+        return weight.add(self.strength)
+
+
+@pytest.mark.parametrize(
+    ("refused", "tried"), [(None, [GPU]), (1, ["cpu"]), (2, [GPU, "cpu"])], ids=["room", "none", "too little"]
+)
+def test_a_lora_is_merged_on_the_device_and_without_room_there_on_the_cpu(small_gpu, sim, refused, tried):
+    model, added = Network(small_gpu.operations), Added()
+    plain = small_gpu.operations.ForgeOperations.Linear(torch.nn.Parameter(torch.ones(1024, 1024)))
+    model.layers.append(plain.requires_grad_(False))
+    patcher = small_gpu.patcher_of(model, torch.float32, torch.device(GPU, 0))
+    patcher.lora_patches = {("style", 2.0, 1.0, False): {"diffusion_model.layers.64.weight": [(2.0, added)]}}
+    if refused is not None:
+        sim.fail_next_device(refused)
+    small_gpu.memory_management.load_models_gpu([patcher])
+    assert added.devices == tried
+    assert plain.weight.device.type == "cpu"
+    assert torch.equal(plain.weight, torch.full((1024, 1024), 3.0))
+    attachment = small_gpu.qswap("managed").attachment_of(patcher.model)
+    assert attachment.active
+    patcher.lora_patches = {}
+    small_gpu.memory_management.load_models_gpu([patcher])
+    patcher.refresh_loras()
+    assert torch.equal(plain.weight, torch.ones(1024, 1024))

@@ -2,13 +2,16 @@
 
 On packed weights a LoRA is added on the fly, to the unpacked weight, whatever the quantization: Forge's other
 way writes into the packed bytes, for three of its types. On plain weights Forge merges, as it does without
-QSwap, and the merged tensor becomes the layer's master until Forge puts the first one back. Norms have plain
-weights in packed models too, and their forwards add nothing on the fly.
+QSwap, one after the other on the model's device, and the merged tensor becomes the layer's master until Forge
+puts the first one back. Norms have plain weights in packed models too, and their forwards add nothing on the
+fly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,12 +23,18 @@ from .patches import Patch
 
 
 def patches() -> list[Patch]:
+    from backend.patcher import lora
     from backend.patcher.base import ModelPatcher
 
     return [
         Patch(ModelPatcher, "add_patches", _add_patches),
         Patch(ModelPatcher, "refresh_loras", _refresh_loras),
+        Patch(lora, "merge_lora_to_weight", _merge_lora_to_weight),
     ]
+
+
+_merging = threading.local()
+"""device: where the thread merges weights of the CPU."""
 
 
 def _add_patches(
@@ -67,8 +76,29 @@ def _refresh_loras(original: Any, self: Any) -> None:
     if attachment is None or str(list(self.lora_patches.keys())) == self.lora_loader.loaded_hash:
         original(self)
         return
-    with attachment.masters_bound():
+    with attachment.masters_bound(), _merging_on(attachment.device.device):
         original(self)
+
+
+@contextlib.contextmanager
+def _merging_on(device: torch.device) -> Iterator[None]:
+    _merging.device = device
+    try:
+        yield
+    finally:
+        _merging.device = None
+
+
+def _merge_lora_to_weight(
+    original: Any, patches: Any, weight: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """All masters are on the CPU, which takes many times as long as the device; what that merges is the same
+    whichever layers are resident."""
+    device = getattr(_merging, "device", None)
+    if device is not None and weight.device.type == "cpu":
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):  # the name that torch 2.3 has as well
+            return original(patches, weight.to(device), *args, **kwargs).to(weight.device)
+    return original(patches, weight, *args, **kwargs)
 
 
 def _sorted_anew(model: torch.nn.Module, lora_patches: dict[Any, Any]) -> dict[Any, Any]:

@@ -95,6 +95,7 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     ),
     HookPoint(_PATCHER, "ModelPatcher.refresh_loras", ("self",)),
     HookPoint("backend.patcher.lora", "LoraLoader.refresh", ("self", "lora_patches", "offload_device")),
+    HookPoint("backend.patcher.lora", "merge_lora_to_weight", ("patches", "weight")),
     HookPoint("backend.patcher.controlnet", "weights_manual_cast"),
     HookPoint("backend.patcher.controlnet", "main_stream_worker"),
     HookPoint("modules.processing", "need_global_unload"),
