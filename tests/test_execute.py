@@ -3,6 +3,7 @@ several streams, by a parent that does not call them."""
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -178,3 +179,23 @@ def test_layers_with_forwards_of_their_own_get_what_they_expect(budget_bytes, si
         assert torch.equal(layers[0](2, x.to("simgpu")).cpu(), expected[0])
         assert torch.equal(layers[0](scale=2, x=x.to("simgpu")).cpu(), expected[0])
         assert torch.equal(layers[1](x.to("simgpu")).cpu(), expected[1])
+
+
+class Precise(torch.nn.Linear):
+    """Computes in the dtype of its weight, whatever its input has."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+@pytest.mark.parametrize("budget_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_a_layer_that_computes_in_its_weights_dtype_does_so_unless_another_is_asked_for(
+    budget_bytes, compute_dtype, sim
+):
+    layers = torch.nn.ModuleList([Precise(512, 512)]).requires_grad_(False)
+    x = torch.randn(2, 512).to(torch.bfloat16)
+    expected = layers[0](x) if compute_dtype is None else copy.deepcopy(layers[0]).to(compute_dtype)(x)
+    options = {"location": "shared", "budget_bytes": budget_bytes, "compute_dtype": compute_dtype}
+    with attached(layers, device="simgpu", **options):
+        assert torch.equal(layers[0](x.to("simgpu")).cpu(), expected)

@@ -205,6 +205,9 @@ class Forward:
         self._arithmetic = arithmetic
         self._computation_dtype = computation_dtype
         self._is_linear = original is torch.nn.Linear.forward and original.__module__ == LINEAR_MODULE
+        # Torch's forwards want all of one dtype. Others may compute in their weight's, or in any.
+        is_torchs = str(getattr(original, "__module__", None)).startswith("torch.nn.modules.")
+        self._casts = is_torchs or computation_dtype is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._layer.module()
@@ -246,9 +249,10 @@ class Forward:
     ) -> Any:
         dtype = inputs.dtype if inputs.is_floating_point() else self._layer.parts[0].dtype
         scratch = None if goes_back(inputs) else self._scratch
-        parts = {name: _cast(tensor, dtype) for name, tensor in lease.parts.items() if name != "weight"}
+        parts = {name: self._part(tensor, dtype) for name, tensor in lease.parts.items() if name != "weight"}
         weight = lease.parts.get("weight")
-        if weight is not None and not weight.is_floating_point():  # Its module knows what they stand for.
+        # Its module knows what whole numbers stand for.
+        if weight is not None and not (weight.is_floating_point() and self._is_cast(weight)):
             parts["weight"] = weight
         elif weight is not None:
             parts["weight"] = weight = self._weight(weight, dtype, scratch)
@@ -263,6 +267,12 @@ class Forward:
             return self._original(module, *args, **kwargs)
         finally:
             module._parameters.update(masters)
+
+    def _is_cast(self, tensor: torch.Tensor) -> bool:
+        return self._casts or isinstance(tensor, PackedTensor)
+
+    def _part(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return _cast(tensor, dtype) if self._is_cast(tensor) else tensor
 
     def _weight(self, weight: torch.Tensor, dtype: torch.dtype, scratch: Scratch | None) -> torch.Tensor:
         return weight_for(
