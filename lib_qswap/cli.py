@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from lib_qswap.standalone.budget import Budget
-    from lib_qswap.standalone.host import StandaloneHost
+    from lib_qswap.standalone.host import Settings, StandaloneHost
 
 LOCATIONS = ("auto", "gpu", "shared", "cpu", "disk")
 BENCHMARKS = ("dequant", "load", "step", "all")
@@ -222,12 +222,14 @@ def demo(arguments: argparse.Namespace) -> int:
     from lib_qswap.standalone.headless import Progress
 
     device = usable_device(arguments)  # before the file is made, which takes its time
+    settings = settings_for(device, arguments)
     path = demo_file(arguments.quant, on_progress=Progress("making the demo model"))
-    return run_file(path, device, arguments)
+    return run_file(path, device, settings, arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return run_file(arguments.file, usable_device(arguments), arguments)
+    device = usable_device(arguments)
+    return run_file(arguments.file, device, settings_for(device, arguments), arguments)
 
 
 def usable_device(arguments: argparse.Namespace) -> torch.device:
@@ -239,8 +241,27 @@ def usable_device(arguments: argparse.Namespace) -> torch.device:
         raise UsageError(str(error)) from None
 
 
-def run_file(path: Path, device: torch.device, arguments: argparse.Namespace) -> int:
-    host = make_host(path, device, arguments)
+def settings_for(device: torch.device, arguments: argparse.Namespace) -> Settings:
+    from lib_qswap.standalone.denoise import check_size
+    from lib_qswap.standalone.host import Settings
+
+    pixels = arguments.size or (DEFAULT_PIXELS_ON_CPU if device.type == "cpu" else DEFAULT_PIXELS)
+    try:
+        check_size(pixels)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return Settings(
+        location=arguments.location,
+        budget=arguments.budget,
+        arithmetic="exact" if arguments.arithmetic == "exact" else "like Forge",
+        steps=arguments.steps,
+        pixels=pixels,
+        seed=arguments.seed,
+    )
+
+
+def run_file(path: Path, device: torch.device, settings: Settings, arguments: argparse.Namespace) -> int:
+    host = make_host(path, device, settings)
     if not arguments.headless:
         serve_page(host, arguments)
         return 0
@@ -271,19 +292,10 @@ def serve_page(host: StandaloneHost, arguments: argparse.Namespace) -> None:
     serve(host, port=arguments.port, open_browser=arguments.open, announce=announce)
 
 
-def make_host(path: Path, device: torch.device, arguments: argparse.Namespace) -> StandaloneHost:
-    from lib_qswap.standalone.host import Settings, StandaloneHost
+def make_host(path: Path, device: torch.device, settings: Settings) -> StandaloneHost:
+    from lib_qswap.standalone.host import StandaloneHost
 
     try:
-        pixels = arguments.size or (DEFAULT_PIXELS_ON_CPU if device.type == "cpu" else DEFAULT_PIXELS)
-        settings = Settings(
-            location=arguments.location,
-            budget=arguments.budget,
-            arithmetic="exact" if arguments.arithmetic == "exact" else "like Forge",
-            steps=arguments.steps,
-            pixels=pixels,
-            seed=arguments.seed,
-        )
         return StandaloneHost(path, device, settings)
     except ValueError as error:
         raise UsageError(str(error)) from error

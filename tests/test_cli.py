@@ -586,6 +586,14 @@ def test_numbers_that_are_too_large_are_refused_in_a_line(arguments, complaint, 
     assert "Traceback" not in err
 
 
+def test_a_size_that_cannot_be_is_refused_before_the_demo_model_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("QSWAP_CACHE", str(tmp_path))
+    code, _, err = qswap(capsys, "demo", "--headless", "--device", "cpu", "--size", "100")
+    assert code == 2
+    assert "size must be a multiple of 16" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "models", [[{"step": 5, "layers": [{}]}], [{"step": [1], "layers": [1]}], [{"layers": 5}]]
 )

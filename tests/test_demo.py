@@ -137,10 +137,12 @@ def test_the_demo_model_is_made_once(tmp_path):
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.setenv("QSWAP_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
-    monkeypatch.delenv("QSWAP_CACHE")
     if sys.platform == "linux":
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        assert cache_folder() == tmp_path / "qswap"
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+        monkeypatch.setenv("QSWAP_CACHE", "")
+        assert cache_folder() == tmp_path / "other" / "qswap"
+        monkeypatch.delenv("QSWAP_CACHE")
+        assert cache_folder() == tmp_path / "other" / "qswap"
 
 
 # ----------------------------------------------------------------------------------------------- the host

@@ -86,8 +86,8 @@ class DemoTensor(NamedTuple):
 
 def cache_folder() -> Path:
     """$QSWAP_CACHE, or this platform's folder for what a program can make again."""
-    if "QSWAP_CACHE" in os.environ:
-        return Path(os.environ["QSWAP_CACHE"])
+    if chosen := os.environ.get("QSWAP_CACHE"):
+        return Path(chosen)
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "qswap"
     if sys.platform == "darwin":
