@@ -70,6 +70,10 @@ def sim(simgpu):
     """
     import torch
 
+    for name, module in sys.modules.copy().items():
+        if name.startswith("lib_qswap.quant.unpack"):  # Their tables stay on the device.
+            for value in vars(module).values():
+                getattr(value, "cache_clear", int)()
     gc.collect()
     torch.simgpu.set_stream(torch.simgpu.default_stream())
     simgpu.reset()
