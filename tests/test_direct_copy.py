@@ -128,6 +128,15 @@ def test_a_function_that_does_not_copy_is_not_used(module, monkeypatch, runtime)
     assert direct_copy.find(["runtime"], Stream(), DEVICE, module) is None
 
 
+def test_without_page_locked_memory_to_try_it_with_it_is_not_used(module, monkeypatch):
+    def refused(_tensor):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refused)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: Runtime())
+    assert direct_copy.find(["runtime"], Stream(), DEVICE, module) is None
+
+
 # ------------------------------------------------------------------------------------------------- the copier
 @pytest.mark.simgpu
 @pytest.mark.parametrize("together", [False, True])

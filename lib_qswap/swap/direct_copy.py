@@ -4,6 +4,7 @@ own allocator has page-locked) takes the host longer than the function itself.""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Sequence
 from typing import Any
@@ -60,8 +61,10 @@ def find(runtimes: Sequence[str], stream: Any, device: torch.device, module: Any
             direct = DirectCopy(ctypes.CDLL(name), stream, device, module)
         except (OSError, AttributeError):
             continue
-        with module.device(device):
+        # Page-locked memory, or any, may be refused.
+        with module.device(device), contextlib.suppress(RuntimeError):
             return direct if _works(direct, stream, device, module) else None
+        return None
     return None
 
 
