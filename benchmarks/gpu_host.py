@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def host_times(device: torch.device, small: bool) -> Row:
     the same kernels; the same layers under QSwap, resident and swapped from page-locked memory, each in a
     copy of its own (`swapped_s`) and several in one (`together_s`), and both once more where torch issues
     copies that QSwap would issue by itself (`by_torch_swapped_s`, `by_torch_together_s`). `until_done_s`: for
-    each layer of a step with swapped ones, until the device has done it too."""
+    each layer of a step with swapped ones, until the device has done it too. `calls_s`: what the calls take
+    that a swapped layer is made of."""
     layers, rounds = (SMALL_LAYERS, SMALL_ROUNDS) if small else (LAYERS, ROUNDS)
     dtype = torch.bfloat16
     format = FORMATS["Q8_0"]
@@ -80,9 +82,46 @@ def host_times(device: torch.device, small: bool) -> Row:
             times.setdefault("until_done_s", done_s / layers)
             attachment.detach()
     copier.direct = direct
+    times["calls_s"] = _call_times(driver, rounds)
     # What is measured first in a process can come out half as large again.
     times["plain_s"] = min(times["plain_s"], _seconds(driver, plain, x, rounds)[0] / layers)
     return times
+
+
+def _call_times(driver: Device, rounds: int) -> dict[str, float]:
+    """Seconds of the host for one call, among as many as a step of LAYERS makes."""
+    stream, copier = driver.current_stream(), state_of(driver).copier
+    target = torch.empty(WIDTH * WIDTH, dtype=torch.uint8, device=driver.device)
+    source = torch.empty(WIDTH * WIDTH, dtype=torch.uint8)
+    source = source.pin_memory() if driver.can_page_lock else source
+    event, timed = driver.new_event(), driver.new_event(timing=True)
+    timed.record(stream)
+
+    def copy_(_: object = None) -> None:
+        target.copy_(source, non_blocking=True)
+
+    calls: dict[str, Callable[[], object]] = {
+        "record": lambda: event.record(stream),
+        "record_timed": lambda: timed.record(stream),
+        "wait": lambda: timed.wait(copier.stream),
+        "on_stream": lambda: driver.issue_on(copier.stream, lambda _: None, None),
+        "copy": copy_,
+        "copy_on_stream": lambda: driver.issue_on(copier.stream, copy_, None),
+    }
+    if (direct := copier.direct) is not None:
+        calls["copy_directly"] = lambda: direct(target, source, source.numel())
+    found = {}
+    for name, call in calls.items():
+        taken = []
+        for _ in range(rounds):
+            driver.synchronize()
+            begun = time.perf_counter()
+            for _ in range(LAYERS):
+                call()
+            taken.append((time.perf_counter() - begun) / LAYERS)
+        found[name] = statistics.median(taken)
+    driver.synchronize()
+    return found
 
 
 @torch.no_grad()

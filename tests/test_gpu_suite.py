@@ -87,6 +87,8 @@ def test_the_hosts_part_of_a_layer_is_measured(suite):
     assert 0 < row["together_layers"] <= row["layers"]
     assert all(row[name] > 0 for name in ("plain_s", "resident_s", "swapped_s", "together_s"))
     assert row["until_done_s"] >= min(row["resident_s"], row["swapped_s"])
+    assert {"record", "wait", "copy_on_stream"} <= row["calls_s"].keys()
+    assert all(seconds > 0 for seconds in row["calls_s"].values())
 
 
 def test_a_model_leaves_the_device_without_a_copy_and_comes_back(suite):
