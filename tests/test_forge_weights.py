@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import forge_standin
@@ -361,3 +362,38 @@ def test_a_bnb_model_that_fails_while_it_is_packed_still_computes_in_forge(
     weight.quant_state.absmax = absmax
     assert forge.qswap("managed").has_packed_weights(patcher.model)  # some of its weights
     assert torch.equal(run(patcher, x), expected)
+
+
+@pytest.mark.parametrize("budget_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("arithmetic", ["exact", "like Forge"])
+def test_a_plain_lora_on_packed_weights_is_rounded_once_or_added_as_forge_does(
+    forge, normed, monkeypatch, arithmetic, budget_bytes
+):
+    lora = importlib.import_module("backend.patcher.lora")
+    merged = []
+    merge = lora.merge_lora_to_weight
+    monkeypatch.setattr(
+        lora,
+        "merge_lora_to_weight",
+        lambda patches, weight, **kwargs: merged.append(weight) or merge([(1.0, 0.5)], weight),
+    )
+    forge.shared.opts.data["qswap_arithmetic"] = arithmetic
+    up, down = torch.randn(SIZE, 4) * 0.1, torch.randn(4, SIZE) * 0.1
+    patches = {"diffusion_model.layers.0.weight": ("lora", (up, down, 2.0, None, None))}
+    layers = normed.model.diffusion_model.layers
+    masters = [layer.weight.packed.clone() for layer in layers]
+    first = layers[0].weight.dequantize(
+        torch.float32, arithmetic=arithmetic, computation_dtype=layers[0].weight.dtype
+    )
+    added = 0.5 if arithmetic == "like Forge" else 0.5 * (up @ down)
+    x = inputs(3, torch.float32)
+    with torch.inference_mode():
+        expected = torch.nn.functional.linear(x, first + added)
+    normed.add_patches(filename="style", patches=patches)
+    managed_load(forge, normed, budget_bytes)
+    normed.refresh_loras()
+    with torch.inference_mode():
+        for _ in range(2):
+            torch.testing.assert_close(layers[0](x), expected, rtol=1e-4, atol=1e-4)
+    assert bool(merged) == (arithmetic == "like Forge")
+    assert all(torch.equal(layer.weight.packed, m) for layer, m in zip(layers, masters, strict=True))

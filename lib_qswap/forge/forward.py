@@ -10,10 +10,11 @@ import torch
 
 from lib_qswap.quant import multiply
 from lib_qswap.quant.packed import PackedTensor
+from lib_qswap.quant.unpack import Arithmetic
 from lib_qswap.swap.execute import gather_rows, goes_back, let_go, linear, new_or_in, weight_for
 from lib_qswap.swap.lease import Lease, ResidentLease
 
-from . import loading, managed, settings
+from . import loading, low_rank, managed, settings
 from .patches import Patch
 
 
@@ -47,7 +48,9 @@ def _weights_manual_cast(
             return original(layer, x, skip_weight_dtype, skip_bias_dtype, weight_fn, bias_fn)
         # Too small to be swapped, or computed on the CPU: the weight is where it is needed, only packed.
         weight, bias = _cast(layer.weight, x), _cast(layer.bias, x)
-        return _with_lora(layer, "weight", weight), _with_lora(layer, "bias", bias), None
+        arithmetic = settings.in_effect().arithmetic
+        weight = _with_lora(layer, "weight", weight, layer.weight, arithmetic)
+        return weight, _with_lora(layer, "bias", bias, layer.bias, arithmetic), None
     attachment, swapped = served
     scratch = None if goes_back(x) else attachment.state.scratch
     lease = attachment.acquire(swapped)
@@ -68,7 +71,8 @@ def _weights_manual_cast(
             weight = torch.mul(weight, scale.to(weight.dtype), out=scaled)
         bias = plain_bias if skip_bias_dtype else _cast(plain_bias, x)
         bias = let_go(lease, weight, bias, scratch)
-        return _with_lora(layer, "weight", weight, packed), _with_lora(layer, "bias", bias, plain_bias), lease
+        weight = _with_lora(layer, "weight", weight, packed, attachment.arithmetic)
+        return weight, _with_lora(layer, "bias", bias, plain_bias, attachment.arithmetic), lease
     except BaseException:
         lease.release()
         raise
@@ -83,7 +87,11 @@ def _cast(tensor: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
 
 
 def _with_lora(
-    layer: torch.nn.Module, name: str, tensor: torch.Tensor | None, master: torch.Tensor | None = None
+    layer: torch.nn.Module,
+    name: str,
+    tensor: torch.Tensor | None,
+    master: torch.Tensor | None,
+    arithmetic: Arithmetic,
 ) -> torch.Tensor | None:
     """`tensor` with the LoRAs that Forge has put on this layer; never written into `master`."""
     patches = getattr(layer, "forge_online_loras", {}).get(name)
@@ -93,6 +101,8 @@ def _with_lora(
 
     if tensor is master:
         tensor = tensor.clone()
+    if arithmetic == "exact" and low_rank.add_in_place(tensor, patches):
+        return tensor
     return merge_lora_to_weight(
         patches=patches, weight=tensor, key=f"online {name} lora", computation_dtype=tensor.dtype
     )
