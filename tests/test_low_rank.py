@@ -8,6 +8,8 @@ import torch
 from lib_qswap.forge.low_rank import add_in_place
 
 ROWS, COLUMNS, RANK = 96, 64, 8
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA GPU here")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
 def lora(rows=ROWS, columns=COLUMNS, *, rank=RANK, alpha=None, middle=None, dora_scale=None, seed=0):
@@ -30,14 +32,17 @@ def summed(weight, value, scale):
     return weight.double() + scale * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("alpha", "scale"), [(None, 0.75), (4.0, 0.375)])
-def test_product_and_sum_are_rounded_once(dtype, alpha, scale):
+def test_product_and_sum_are_rounded_once(dtype, alpha, scale, device):
     weight, value = weight_of(dtype), lora(alpha=alpha)
     right = summed(weight, value, scale)
+    weight = weight.to(device)
     where = weight.data_ptr()
     assert add_in_place(weight, [patch(value, 0.75)])
     assert weight.data_ptr() == where
+    weight = weight.cpu()
     # A sum in fp32 may be rounded the other way where it lies half way.
     error = (weight.double() - right).abs()
     half = (right.abs() * torch.finfo(dtype).eps / 2).clamp(min=1e-7)
