@@ -672,6 +672,57 @@ def test_of_a_network_with_another_forward_nothing_is_kept(small_gpu):
     assert small_gpu.qswap("managed").attachment_for(patcher).idle.conditioning is None
 
 
+# ---------------------------------------------------------------------------------------------- given back
+def made_as_forge_makes_it(forge):
+    """A model of safetensors: its parameters are plain, trainable, and of inference mode."""
+    with torch.inference_mode():
+        network = Network(forge.operations)
+        for layer in network.layers:
+            layer.weight = torch.nn.Parameter(torch.randn(512, 1024))
+        network.layers = torch.nn.ModuleList(list(network.layers)[:1])
+    return forge.patcher_of(network, torch.float32, torch.device(GPU, 0))
+
+
+def test_switched_off_qswap_lets_go_of_plain_models_as_forge_makes_them(small_gpu, sim):
+    forge, managed = small_gpu, small_gpu.qswap("managed")
+    patcher, packed = made_as_forge_makes_it(forge), patcher_of(forge)
+    (weight,) = patcher.model.parameters()
+    assert weight.is_inference()
+    assert weight.requires_grad
+    attachments = [managed.attachment_for(one) for one in (patcher, packed)]
+    for attachment in attachments:
+        attachment.rebalance(4 * MB)
+    forge.shared.opts.set("qswap_enabled", False)
+    forge.generate()
+    assert not forge.qswap("extension").applied()
+    assert not any(message["level"] == "error" for message in ledger.snapshot()["messages"])
+    assert not any(attachment.active for attachment in attachments)
+    assert managed.attachment_of(patcher.model) is None
+    (after,) = patcher.model.parameters()
+    assert after.requires_grad
+    assert after.device.type == "cpu"
+
+
+def test_a_model_that_cannot_be_given_back_does_not_keep_the_others(small_gpu, monkeypatch):
+    forge, managed = small_gpu, small_gpu.qswap("managed")
+    patchers = [patcher_of(forge) for _ in range(3)]
+    for patcher in patchers:
+        managed.attachment_for(patcher).rebalance(4 * MB)
+    broken = managed.attachment_of(patchers[1].model)
+
+    def detach():
+        raise RuntimeError("it holds on")
+
+    monkeypatch.setattr(broken, "detach", detach)
+    forge.shared.opts.set("qswap_enabled", False)
+    for _ in range(2):
+        forge.generate()
+        assert not forge.qswap("extension").applied()
+    assert all(managed.attachment_of(patcher.model) is None for patcher in patchers)
+    (error,) = (one for one in ledger.snapshot()["messages"] if one["level"] == "error")
+    assert "could not be given back: RuntimeError: it holds on" in error["text"]
+
+
 # --------------------------------------------------------------------------------------------------- LoRAs
 class Added:
     """What the stand-in's LoRAs add, and where."""

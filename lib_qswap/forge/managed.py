@@ -227,20 +227,22 @@ def _keep_borrowed(reference: weakref.ref[torch.nn.Module]) -> None:
 
 def release(attachment: Attachment, model: torch.nn.Module) -> None:
     """Gives one model back to Forge as it was made: its own flags, its parameters on the CPU, packed."""
-    set_manual_cast(attachment, managed=False)
-    positions.restore(attachment)
-    attachment.detach()
-    kept: list[weakref.ref[Any]] = [*attachment.gathered, *attachment.inventory.borrowers]
-    for reference in kept:
-        module = reference()
-        if module is not None:
-            module.__dict__.pop("_apply", None)
-            _gathered.pop(module, None)
-    for layer in attachment.layers:
-        module = layer.module()
-        if module is not None:
-            _layers.pop(module, None)
-    _attachments.pop(model, None)
+    try:
+        set_manual_cast(attachment, managed=False)
+        positions.restore(attachment)
+        attachment.detach()
+    finally:  # It is served no more, whatever went wrong.
+        kept: list[weakref.ref[Any]] = [*attachment.gathered, *attachment.inventory.borrowers]
+        for reference in kept:
+            module = reference()
+            if module is not None:
+                module.__dict__.pop("_apply", None)
+                _gathered.pop(module, None)
+        for layer in attachment.layers:
+            module = layer.module()
+            if module is not None:
+                _layers.pop(module, None)
+        _attachments.pop(model, None)
 
 
 def turn_of(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -289,9 +291,16 @@ def refusal(model: torch.nn.Module) -> str | None:
 
 
 def release_all() -> None:
-    """Gives every model back, for switching off."""
+    """Gives every model back, for switching off; each, whatever goes wrong with another."""
     for model, attachment in list(_attachments.items()):
-        release(attachment, model)
+        try:
+            release(attachment, model)
+        except Exception as error:
+            notices.notice(
+                f"{attachment.name} could not be given back: {type(error).__name__}: {error}. If the next "
+                "image fails, restart the web UI.",
+                "error",
+            )
     ledger.forget_unmanaged()
 
 

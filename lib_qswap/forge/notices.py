@@ -52,7 +52,7 @@ def fails_soft(fallback: R) -> Callable[[Callable[P, R]], Callable[P, R]]:
             try:
                 return callback(*args, **kwargs)
             except Exception as error:
-                notice(f"{callback.__name__.strip('_')}: {type(error).__name__}: {error}", "error", once=True)
+                notice(f"{callback.__name__.strip('_')}: {type(error).__name__}: {error}", "error")
                 return fallback
 
         return guarded

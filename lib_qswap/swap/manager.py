@@ -558,7 +558,9 @@ class Attachment:
                 module = reference()
                 parameter = None if module is None else module._parameters.get(key)
                 if parameter is not None:
-                    parameter.requires_grad_(True)
+                    # A model that was made in inference mode (Forge's are) lets nobody else change that.
+                    with torch.inference_mode(parameter.is_inference()):
+                        parameter.requires_grad_(True)
             self._finalizer.detach()
 
     # -------------------------------------------------------------------------------------------------- steps
