@@ -398,13 +398,14 @@ def test_what_was_trainable_is_so_again(sim):
     assert [parameter.requires_grad for parameter in model.parameters()] == [False, True, True, True]
 
 
-def test_a_model_that_was_made_in_inference_mode_is_given_back_outside_of_it(sim):
+@pytest.mark.parametrize("location", ["gpu", "shared", "cpu"])
+def test_a_model_that_was_made_in_inference_mode_is_given_back_outside_of_it(location, sim):
     """As Forge makes and runs its models."""
     with torch.inference_mode():
         model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 256))
         x = torch.randn(2, 256)
         expected = model(x)
-    attachment = attach(model, device=GPU, location="shared", budget_bytes=0)
+    attachment = attach(model, device=GPU, location=location, budget_bytes=1 << 30)
     with torch.inference_mode():
         assert torch.equal(model(x.to(GPU)).cpu(), expected)
     attachment.detach()
