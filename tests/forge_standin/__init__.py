@@ -21,6 +21,22 @@ SCRIPT = ROOT.parents[1] / "scripts" / "qswap.py"
 _PACKAGES = ("backend", "modules", "modules_forge")
 
 
+def _as_loaded(network: Any) -> Any:
+    """`network` with the plain parameters that Forge's loader makes: trainable, and of inference mode."""
+    import torch
+
+    made: dict[int, Any] = {}
+    with torch.inference_mode():
+        for module in network.modules():
+            for name, parameter in module._parameters.items():
+                if type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu":
+                    if id(parameter) not in made and not parameter.is_inference():
+                        trainable = parameter.is_floating_point()
+                        made[id(parameter)] = torch.nn.Parameter(parameter.detach().clone(), trainable)
+                    module._parameters[name] = made.get(id(parameter), parameter)
+    return network
+
+
 class WebUI:
     """The running stand-in: `webui.shared`, `webui.memory_management` and so on are its modules."""
 
@@ -73,7 +89,7 @@ class WebUI:
         import torch
 
         model = torch.nn.Module()
-        model.diffusion_model = network
+        model.diffusion_model = _as_loaded(network)
         model.computation_dtype = dtype
         patcher = self.base.ModelPatcher(model, device, torch.device("cpu"))
         patcher.model_patches_to = lambda where: None
