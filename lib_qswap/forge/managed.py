@@ -297,8 +297,8 @@ def release_all() -> None:
             release(attachment, model)
         except Exception as error:
             notices.notice(
-                f"{attachment.name} could not be given back: {type(error).__name__}: {error}. If the next "
-                "image fails, restart the web UI.",
+                f"{attachment.name} could not be given back: {type(error).__name__}: "
+                f"{str(error).rstrip('.')}. If the next image fails, restart the web UI.",
                 "error",
             )
     ledger.forget_unmanaged()
