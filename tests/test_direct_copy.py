@@ -60,11 +60,6 @@ def module():
     )
 
 
-@pytest.fixture
-def page_locked(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-
-
 def numbers(count: int) -> torch.Tensor:
     return torch.arange(count, dtype=torch.int64).to(torch.uint8)
 
@@ -103,7 +98,6 @@ def test_an_error_is_taken_back_and_the_last_one(module):
     assert len(runtime.calls) == 1
 
 
-@pytest.mark.usefixtures("page_locked")
 def test_the_first_library_that_is_there_is_tried(module, monkeypatch):
     runtime, stream, opened = Runtime(), Stream(), []
 
@@ -121,20 +115,27 @@ def test_the_first_library_that_is_there_is_tried(module, monkeypatch):
     assert direct_copy.find(["missing"], stream, DEVICE, module) is None
 
 
-@pytest.mark.usefixtures("page_locked")
 @pytest.mark.parametrize("runtime", [Runtime(error=46), Runtime(copies=False)], ids=["error", "no bytes"])
 def test_a_function_that_does_not_copy_is_not_used(module, monkeypatch, runtime):
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: runtime)
     assert direct_copy.find(["runtime"], Stream(), DEVICE, module) is None
 
 
-def test_without_page_locked_memory_to_try_it_with_it_is_not_used(module, monkeypatch):
-    def refused(_tensor):
-        raise RuntimeError("CUDA error: out of memory")
+def test_where_memory_to_try_it_with_is_refused_it_is_not_used(module, monkeypatch):
+    def refused(*_arguments, **_options):
+        raise torch.OutOfMemoryError("none left")
 
-    monkeypatch.setattr(torch.Tensor, "pin_memory", refused)
+    monkeypatch.setattr(torch, "zeros", refused)
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: Runtime())
     assert direct_copy.find(["runtime"], Stream(), DEVICE, module) is None
+
+
+def test_trying_it_draws_no_random_numbers_and_page_locks_nothing(module, monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: Runtime())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _tensor: pytest.fail("it was page-locked"))
+    before = torch.get_rng_state()
+    assert direct_copy.find(["runtime"], Stream(), DEVICE, module) is not None
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # ------------------------------------------------------------------------------------------------- the copier

@@ -199,3 +199,29 @@ def test_a_layer_that_computes_in_its_weights_dtype_does_so_unless_another_is_as
     options = {"location": "shared", "budget_bytes": budget_bytes, "compute_dtype": compute_dtype}
     with attached(layers, device="simgpu", **options):
         assert torch.equal(layers[0](x.to("simgpu")).cpu(), expected)
+
+
+class Own(torch.nn.Linear):
+    """Torch's forward, but not torch's."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, Own])
+def test_a_backward_pass_reads_the_weights_of_its_own_layers(kind, sim):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(kind(256, 256) for _ in range(8))).requires_grad_(False)
+    x = torch.randn(4, 256)
+
+    def gradient(device):
+        own = x.clone().requires_grad_()
+        model(own.to(device)).square().sum().backward()
+        return own.grad
+
+    expected = gradient("cpu")
+    layer_bytes = 257 * 256 * 4
+    with attached(model, device="simgpu", location="shared", budget_bytes=3 * layer_bytes) as attachment:
+        assert sum(layer.resident is None for layer in attachment.layers) >= 5
+        for _ in range(2):
+            torch.testing.assert_close(gradient("simgpu"), expected, rtol=1e-4, atol=1e-6)

@@ -723,12 +723,28 @@ def test_a_model_that_cannot_be_given_back_does_not_keep_the_others(small_gpu, m
     assert "could not be given back: RuntimeError: it holds on" in error["text"]
 
 
+def test_what_fails_before_a_model_is_given_back_leaves_nothing_on_the_device(small_gpu, monkeypatch):
+    managed, patcher = small_gpu.qswap("managed"), patcher_of(small_gpu)
+    attachment = managed.attachment_for(patcher)
+    attachment.rebalance(4 * MB)
+
+    def restore(_attachment):
+        raise RuntimeError("not as it was")
+
+    monkeypatch.setattr(managed.positions, "restore", restore)
+    with pytest.raises(RuntimeError, match="not as it was"):
+        managed.refuse(patcher.model)
+    assert not attachment.active
+    assert managed.attachment_of(patcher.model) is None
+    assert not managed.wants_care(patcher)
+
+
 # --------------------------------------------------------------------------------------------------- LoRAs
 class Added:
     """What the stand-in's LoRAs add, and where."""
 
-    def __init__(self):
-        self.devices = []
+    def __init__(self, fails_on=None):
+        self.devices, self.fails_on = [], fails_on
 
     def __rmul__(self, strength):
         self.strength = strength
@@ -736,14 +752,20 @@ class Added:
 
     def __radd__(self, weight):
         self.devices.append(weight.device.type)
+        if self.devices[-1] == self.fails_on:
+            raise RuntimeError("not implemented for this device")
         return weight.add(self.strength)
 
 
 @pytest.mark.parametrize(
-    ("refused", "tried"), [(None, [GPU]), (1, ["cpu"]), (2, [GPU, "cpu"])], ids=["room", "none", "too little"]
+    ("refused", "fails_on", "tried"),
+    [(None, None, [GPU]), (1, None, ["cpu"]), (2, None, [GPU, "cpu"]), (None, GPU, [GPU, "cpu"])],
+    ids=["room", "none", "too little", "cannot"],
 )
-def test_a_lora_is_merged_on_the_device_and_without_room_there_on_the_cpu(small_gpu, sim, refused, tried):
-    model, added = Network(small_gpu.operations), Added()
+def test_a_lora_is_merged_on_the_device_and_on_the_cpu_where_that_cannot(
+    small_gpu, sim, refused, fails_on, tried
+):
+    model, added = Network(small_gpu.operations), Added(fails_on)
     plain = small_gpu.operations.ForgeOperations.Linear(torch.nn.Parameter(torch.ones(1024, 1024)))
     model.layers.append(plain.requires_grad_(False))
     patcher = small_gpu.patcher_of(model, torch.float32, torch.device(GPU, 0))

@@ -397,3 +397,28 @@ def test_a_plain_lora_on_packed_weights_is_rounded_once_or_added_as_forge_does(
             torch.testing.assert_close(layers[0](x), expected, rtol=1e-4, atol=1e-4)
     assert bool(merged) == (arithmetic == "like Forge")
     assert all(torch.equal(layer.weight.packed, m) for layer, m in zip(layers, masters, strict=True))
+
+
+def test_a_lora_on_the_fly_on_a_plain_weight_is_added_as_forge_does_in_exact_arithmetic_too(
+    forge, monkeypatch
+):
+    """As it is where the model fits, and is left to Forge."""
+    lora, merged = importlib.import_module("backend.patcher.lora"), []
+    merge = lora.merge_lora_to_weight
+    monkeypatch.setattr(
+        lora,
+        "merge_lora_to_weight",
+        lambda patches, weight, **kwargs: merged.append(weight) or merge([(1.0, 0.5)], weight),
+    )
+    forge.shared.opts.data["qswap_arithmetic"] = "exact"
+    layers = [forge.operations.ForgeOperations.Linear(torch.nn.Parameter(torch.randn(SIZE, SIZE)))]
+    patcher, x = patcher_of(forge, layers, torch.float32), inputs(3, torch.float32)
+    value = "lora", (torch.ones(SIZE, 4), torch.ones(4, SIZE), None, None, None)
+    patcher.add_patches(
+        filename="style", patches={"diffusion_model.layers.0.weight": value}, online_mode=True
+    )
+    managed_load(forge, patcher, 1 << 20)
+    patcher.refresh_loras()
+    expected = torch.nn.functional.linear(x, layers[0].weight.detach() + 0.5)
+    torch.testing.assert_close(run(patcher, x), expected)
+    assert len(merged) == 1

@@ -101,7 +101,9 @@ def _with_lora(
 
     if tensor is master:
         tensor = tensor.clone()
-    if arithmetic == "exact" and low_rank.add_in_place(tensor, patches):
+    # A plain weight is computed in Forge's order, whether or not it is swapped.
+    is_exact = arithmetic == "exact" and isinstance(master, PackedTensor)
+    if is_exact and low_rank.add_in_place(tensor, patches):
         return tensor
     return merge_lora_to_weight(
         patches=patches, weight=tensor, key=f"online {name} lora", computation_dtype=tensor.dtype

@@ -96,7 +96,8 @@ def _merge_lora_to_weight(
     whichever layers are resident."""
     device = getattr(_merging, "device", None)
     if device is not None and weight.device.type == "cpu":
-        with contextlib.suppress(torch.cuda.OutOfMemoryError):  # the name that torch 2.3 has as well
+        # Out of memory, or something that the device cannot do: what is wrong with the LoRA the CPU says too.
+        with contextlib.suppress(Exception):
             return original(patches, weight.to(device), *args, **kwargs).to(weight.device)
     return original(patches, weight, *args, **kwargs)
 

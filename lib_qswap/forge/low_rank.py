@@ -1,7 +1,8 @@
 """LoRAs added to an unpacked weight in one pass over it.
 
 In every step Forge's way copies the weight, and makes the product of the two matrices and its multiple, each
-as large as the weight and each rounded. Here product and sum are made in fp32 and rounded once.
+as large as the weight and each rounded. Here one multiply-add makes the sum, in fp32 and rounded at its end
+(the CPU's, in fp16 and with high ranks, in a few parts).
 """
 
 from __future__ import annotations

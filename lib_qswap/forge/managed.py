@@ -227,22 +227,26 @@ def _keep_borrowed(reference: weakref.ref[torch.nn.Module]) -> None:
 
 def release(attachment: Attachment, model: torch.nn.Module) -> None:
     """Gives one model back to Forge as it was made: its own flags, its parameters on the CPU, packed."""
-    try:
-        set_manual_cast(attachment, managed=False)
-        positions.restore(attachment)
-        attachment.detach()
-    finally:  # It is served no more, whatever went wrong.
-        kept: list[weakref.ref[Any]] = [*attachment.gathered, *attachment.inventory.borrowers]
-        for reference in kept:
-            module = reference()
-            if module is not None:
-                module.__dict__.pop("_apply", None)
-                _gathered.pop(module, None)
-        for layer in attachment.layers:
-            module = layer.module()
-            if module is not None:
-                _layers.pop(module, None)
-        _attachments.pop(model, None)
+    with contextlib.ExitStack() as stack:  # All of it, the last one first, whatever goes wrong.
+        stack.callback(_forget, attachment, model)
+        stack.callback(attachment.detach)
+        stack.callback(positions.restore, attachment)
+        stack.callback(set_manual_cast, attachment, managed=False)
+
+
+def _forget(attachment: Attachment, model: torch.nn.Module) -> None:
+    """It is served no more."""
+    kept: list[weakref.ref[Any]] = [*attachment.gathered, *attachment.inventory.borrowers]
+    for reference in kept:
+        module = reference()
+        if module is not None:
+            module.__dict__.pop("_apply", None)
+            _gathered.pop(module, None)
+    for layer in attachment.layers:
+        module = layer.module()
+        if module is not None:
+            _layers.pop(module, None)
+    _attachments.pop(model, None)
 
 
 def turn_of(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -274,10 +278,10 @@ def end_measuring() -> None:
 
 def refuse(model: torch.nn.Module) -> None:
     """QSwap could not serve this model: Forge has it until it is loaded again."""
+    _refused.add(model)
     attachment = _attachments.get(model)
     if attachment is not None:
         release(attachment, model)
-    _refused.add(model)
 
 
 def stop_refusing(model: torch.nn.Module) -> None:

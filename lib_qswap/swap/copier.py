@@ -268,7 +268,8 @@ class Copier:
         """Copies so many bytes, those of `transfer` and of what lies behind it, where torch is not needed for
         it. Returns whether it did."""
         home = transfer.layer.home
-        if self.direct is None or not home.page_locked:
+        # An abandoned one has no target any more: torch says what is wrong with it.
+        if self.direct is None or not home.page_locked or not transfer.target.numel():
             return False
         assert home.payload is not None
         return self.direct(transfer.target, home.payload, nbytes)

@@ -61,8 +61,7 @@ def find(runtimes: Sequence[str], stream: Any, device: torch.device, module: Any
             direct = DirectCopy(ctypes.CDLL(name), stream, device, module)
         except (OSError, AttributeError):
             continue
-        # Page-locked memory, or any, may be refused.
-        with module.device(device), contextlib.suppress(RuntimeError):
+        with module.device(device), contextlib.suppress(RuntimeError):  # Memory may be refused.
             return direct if _works(direct, stream, device, module) else None
         return None
     return None
@@ -70,7 +69,8 @@ def find(runtimes: Sequence[str], stream: Any, device: torch.device, module: Any
 
 def _works(direct: DirectCopy, stream: Any, device: torch.device, module: Any) -> bool:
     with torch.inference_mode(False):
-        source = torch.randint(256, (_TRIED_BYTES,), dtype=torch.uint8).pin_memory()
+        # Not page-locked, which nobody has allowed yet, and no random numbers: they are the host's.
+        source = torch.arange(_TRIED_BYTES, device="cpu").remainder_(251).to(torch.uint8)
         target = torch.zeros(_TRIED_BYTES, dtype=torch.uint8, device=device)
         stream.wait_stream(module.current_stream(device))
         copied = direct(target, source, _TRIED_BYTES)

@@ -249,11 +249,12 @@ class Forward:
     ) -> Any:
         dtype = inputs.dtype if inputs.is_floating_point() else self._layer.parts[0].dtype
         scratch = None if goes_back(inputs) else self._scratch
-        parts = {name: self._part(tensor, dtype) for name, tensor in lease.parts.items() if name != "weight"}
+        others = {name: tensor for name, tensor in lease.parts.items() if name != "weight"}
+        parts = {name: self._part(tensor, dtype, scratch) for name, tensor in others.items()}
         weight = lease.parts.get("weight")
         # Its module knows what whole numbers stand for.
         if weight is not None and not (weight.is_floating_point() and self._is_cast(weight)):
-            parts["weight"] = weight
+            parts["weight"] = _kept(weight, scratch)
         elif weight is not None:
             parts["weight"] = weight = self._weight(weight, dtype, scratch)
             if parts.keys() <= {"weight", "bias"}:
@@ -271,8 +272,9 @@ class Forward:
     def _is_cast(self, tensor: torch.Tensor) -> bool:
         return self._casts or isinstance(tensor, PackedTensor)
 
-    def _part(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return _cast(tensor, dtype) if self._is_cast(tensor) else tensor
+    def _part(self, tensor: torch.Tensor, dtype: torch.dtype, scratch: Scratch | None) -> torch.Tensor:
+        part = _cast(tensor, dtype) if self._is_cast(tensor) else tensor
+        return _kept(tensor, scratch) if part is tensor else part
 
     def _weight(self, weight: torch.Tensor, dtype: torch.dtype, scratch: Scratch | None) -> torch.Tensor:
         return weight_for(
@@ -282,6 +284,11 @@ class Forward:
             arithmetic=self._arithmetic,
             computation_dtype=self._computation_dtype,
         )
+
+
+def _kept(tensor: torch.Tensor, scratch: Scratch | None) -> torch.Tensor:
+    """`tensor`, of a slot; without a scratch, for a backward pass, a copy that stays what it is."""
+    return tensor if scratch is not None else tensor.clone()
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
