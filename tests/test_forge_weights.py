@@ -364,19 +364,24 @@ def test_a_bnb_model_that_fails_while_it_is_packed_still_computes_in_forge(
     assert torch.equal(run(patcher, x), expected)
 
 
-@pytest.mark.parametrize("budget_bytes", [0, 1 << 30])
-@pytest.mark.parametrize("arithmetic", ["exact", "like Forge"])
-def test_a_plain_lora_on_packed_weights_is_rounded_once_or_added_as_forge_does(
-    forge, normed, monkeypatch, arithmetic, budget_bytes
-):
-    lora = importlib.import_module("backend.patcher.lora")
-    merged = []
+@pytest.fixture
+def merged(forge, monkeypatch):
+    """The weights that Forge's own function adds LoRAs to; it adds a half, whatever they are."""
+    lora, weights = importlib.import_module("backend.patcher.lora"), []
     merge = lora.merge_lora_to_weight
     monkeypatch.setattr(
         lora,
         "merge_lora_to_weight",
-        lambda patches, weight, **kwargs: merged.append(weight) or merge([(1.0, 0.5)], weight),
+        lambda patches, weight, **kwargs: weights.append(weight) or merge([(1.0, 0.5)], weight),
     )
+    return weights
+
+
+@pytest.mark.parametrize("budget_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("arithmetic", ["exact", "like Forge"])
+def test_a_plain_lora_on_packed_weights_is_rounded_once_or_added_as_forge_does(
+    forge, normed, merged, arithmetic, budget_bytes
+):
     forge.shared.opts.data["qswap_arithmetic"] = arithmetic
     up, down = torch.randn(SIZE, 4) * 0.1, torch.randn(4, SIZE) * 0.1
     patches = {"diffusion_model.layers.0.weight": ("lora", (up, down, 2.0, None, None))}
@@ -399,17 +404,8 @@ def test_a_plain_lora_on_packed_weights_is_rounded_once_or_added_as_forge_does(
     assert all(torch.equal(layer.weight.packed, m) for layer, m in zip(layers, masters, strict=True))
 
 
-def test_a_lora_on_the_fly_on_a_plain_weight_is_added_as_forge_does_in_exact_arithmetic_too(
-    forge, monkeypatch
-):
+def test_a_lora_on_the_fly_on_a_plain_weight_is_added_as_forge_does_in_exact_arithmetic_too(forge, merged):
     """As it is where the model fits, and is left to Forge."""
-    lora, merged = importlib.import_module("backend.patcher.lora"), []
-    merge = lora.merge_lora_to_weight
-    monkeypatch.setattr(
-        lora,
-        "merge_lora_to_weight",
-        lambda patches, weight, **kwargs: merged.append(weight) or merge([(1.0, 0.5)], weight),
-    )
     forge.shared.opts.data["qswap_arithmetic"] = "exact"
     layers = [forge.operations.ForgeOperations.Linear(torch.nn.Parameter(torch.randn(SIZE, SIZE)))]
     patcher, x = patcher_of(forge, layers, torch.float32), inputs(3, torch.float32)

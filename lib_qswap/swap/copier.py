@@ -218,10 +218,9 @@ class Copier:
     def _issue(self, transfer: Transfer) -> None:
         try:
             self._begin(transfer)
-            if not transfer.cancelled and transfer.error is None:
-                if self._copied_directly(transfer, transfer.layer.payload_bytes):
-                    pass
-                elif self.staged:  # On the worker, whose stream it is.
+            wanted = not transfer.cancelled and transfer.error is None
+            if wanted and not self._copied_directly(transfer, transfer.layer.payload_bytes):
+                if self.staged:  # On the worker, whose stream it is.
                     self._copy(transfer)
                 else:
                     self._device.issue_on(self.stream, self._copy, transfer)

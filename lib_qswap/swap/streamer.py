@@ -324,10 +324,10 @@ class Streamer:
         return transfer
 
     def _together(self, first: Layer, wrap: bool) -> list[Layer]:
-        """The layers that are fetched by one copy, from `first` on, which comes next."""
+        """The layers that are fetched by one copy, from `first` on, which is small and comes next."""
         together = [first]
         small = self._small_bytes
-        if first.payload_bytes >= small or self.copier.staged or not first.home.page_locked:
+        if self.copier.staged or not first.home.page_locked:
             return together
         room = min(self._together_bytes, self.ring_bytes // TOGETHER_RING_SHARE) - first.payload_bytes
         while True:
